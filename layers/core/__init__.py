@@ -1,0 +1,1 @@
+"""What every layer is written against. Imports jax and nothing else."""

@@ -1,0 +1,117 @@
+"""One call of `Function.apply`: its arguments bound to `forward`, their arrays apart."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from layers.core.arguments import ArrayPlace, CallablePlace, Template, take_apart
+from layers.core.batching import forward_with_vmap
+from layers.core.context import Context, is_array
+from layers.core.cotangents import NOT_AN_ARRAY, Argument
+
+
+@functools.cache
+def _parameters(fn: Callable[..., Any], skip: int) -> inspect.Signature:
+    signature = inspect.signature(fn)
+    return signature.replace(parameters=list(signature.parameters.values())[skip:])
+
+
+class Call:
+    """The arguments of one `apply` without their arrays, which are kept apart: a call outlives the trace that made them.
+
+    Attributes:
+        arguments: one entry an argument, for the gradients.
+        hoisted: the places of arrays that were taken from the closure of a function, and the name of the argument that this is.
+    """
+
+    @staticmethod
+    def bind(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any]]:
+        """A call, and every array in its arguments, in order."""
+        arrays: list[Any] = []
+        return Call(cls, args, kwargs, arrays), arrays
+
+    def __init__(self, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arrays: list[Any]):
+        self.cls = cls
+        self.name: str = cls.__name__
+        self.arguments: list[Argument] = []
+        self.templates: list[Template] = []
+        self.hoisted: dict[int, str] = {}
+        split = cls._is_split()
+        positional, keywords, names = _bind(self.name, _parameters(cls.forward, 0 if split else 1), args, kwargs, fill=split)
+        self.positional_count = len(positional)
+        self.keywords = tuple(keywords)
+        for i, (name, value) in enumerate(zip(names, (*positional, *keywords.values()), strict=True)):
+            self._add(name, value, arrays, required=i < len(positional))
+
+    def _add(self, name: str, value: Any, arrays: list[Any], *, required: bool) -> None:
+        if hasattr(value, "__jax_array__") and not is_array(value):
+            value = value.__jax_array__()
+        if isinstance(value, jax.Array):
+            self.templates.append(Template(_LEAF, (ArrayPlace(len(arrays)),)))
+            self.arguments.append(Argument(name, len(arrays), (len(arrays),), required))
+            arrays.append(value)
+            return
+        template = take_apart(self.name, f"argument '{name}'", value, arrays)
+        places = tuple(x.start for x in template.leaves if isinstance(x, ArrayPlace))
+        for x in template.leaves:
+            if isinstance(x, CallablePlace):
+                self.hoisted |= dict.fromkeys(range(x.start, x.stop), name)
+        self.templates.append(template)
+        self.arguments.append(Argument(name, template.marks() if places else NOT_AN_ARRAY, places, required))
+
+    def values(self, arrays: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of `forward` with these arrays in them."""
+        values = [t.fill(arrays) for t in self.templates]
+        return values[: self.positional_count], dict(zip(self.keywords, values[self.positional_count :], strict=True))
+
+    def needs(self, moving: Sequence[bool]) -> tuple[bool, ...]:
+        """`needs_input_grad`, from which of the arrays are being differentiated."""
+        return tuple(any(moving[i] for i in a.places) for a in self.arguments)
+
+    def run(self, arrays: Sequence[Any], moving: Sequence[bool]) -> tuple[Context, Any]:
+        """Runs `forward` (and `setup_context`); returns its context and its output."""
+        for place, name in self.hoisted.items():
+            if moving[place]:
+                raise TypeError(
+                    f"{self.name}: argument '{name}' is a function that closes over an array which is being differentiated, and backward "
+                    "cannot return a gradient for it. Pass that array to apply as an argument of its own."
+                )
+        ctx = Context(self.name, self.needs(moving))
+        args, kwargs = self.values(arrays)
+        with jax.named_scope(self.name):
+            if not self.cls._is_split():
+                return ctx, self.cls.forward(ctx, *args, **kwargs)
+            output = forward_with_vmap(self.cls, args, kwargs) if self.cls._has_vmap() else self.cls.forward(*args, **kwargs)
+            self.cls.setup_context(ctx, (*args, *kwargs.values()), output)
+            return ctx, output
+
+
+_LEAF = jax.tree.structure(0)
+
+
+def _bind(
+    name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], *, fill: bool
+) -> tuple[list[Any], dict[str, Any], list[str]]:
+    """Positional values, keyword-only values and the names of both, as `forward` will get them."""
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}.apply: {error}; forward takes {signature}") from None
+    if fill or len(bound.args) < len([k for k in bound.arguments if k in kwargs]) + len(args):
+        bound.apply_defaults()
+    names: list[str] = []
+    for key, parameter in signature.parameters.items():
+        if key not in bound.arguments:
+            continue
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{key}[{i}]" for i in range(len(bound.arguments[key]))]
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            names += list(bound.arguments[key])
+        else:
+            names.append(key)
+    return list(bound.args), bound.kwargs, names

@@ -1,0 +1,140 @@
+"""Every touch of JAX that is private or differs between releases, in one place.
+
+Written against JAX 0.10 (the newest for Python 3.11) and 0.12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax._src.core import unmapped_aval
+from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Literal, Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.tree_util import default_registry
+
+__all__ = [
+    "SymbolicZero",
+    "Tracer",
+    "children",
+    "define_linear_primitive",
+    "depends_on",
+    "is_key",
+    "match_placement",
+    "tangent_type",
+    "vary_like",
+    "varying_axes",
+    "with_leading_axis",
+    "zeros",
+]
+
+
+def is_key(x: Any) -> bool:
+    """Whether `x` (an array or its type) is a typed PRNG key array."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def tangent_type(aval: Any) -> Any:
+    """The type of a tangent of a value of type `aval`: the same for floats, `float0` for the rest."""
+    return aval.to_tangent_aval().strip_weak_type()
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """The manual mesh axes (`shard_map(check_vma=True)`) over which a value differs from device to device."""
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset() if manual is None else frozenset(manual.varying)
+
+
+def match_placement(x: jax.Array, aval: Any) -> jax.Array:
+    """Gives a cotangent the placement of its primal.
+
+    Under `shard_map` a cotangent is summed over the mesh axes that it varies over and its primal does not, and marked
+    as varying over those that only the primal varies over. On a mesh with explicit axes it is resharded.
+    """
+    have, want = varying_axes(jax.typeof(x)), varying_axes(aval)
+    if have - want:
+        x = lax.psum(x, tuple(sorted(have - want)))
+    if want - have:
+        x = lax.pcast(x, tuple(sorted(want - have)), to="varying")
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or sharding.mesh.empty or not sharding.mesh._any_axis_explicit:
+        return x
+    return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
+
+
+def zeros(aval: Any) -> jax.Array:
+    """Zeros of the shape, dtype and placement of `aval`."""
+    return match_placement(jnp.zeros(aval.shape, aval.dtype), aval)
+
+
+def with_leading_axis(aval: Any, axis: Any) -> Any:
+    """The type of a batch of `axis.size` values of type `aval`."""
+    return unmapped_aval(axis.size, 0, aval, axis.explicit_mesh_axis)
+
+
+def depends_on(fn: Callable[..., Any], args: Sequence[Any], marked: Sequence[bool]) -> list[bool]:
+    """For each output of `fn(*args)`, whether it is computed from a marked argument."""
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    reached = {v for v, m in zip(jaxpr.invars, marked, strict=True) if m}
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, Literal) and v in reached for v in eqn.invars):
+            reached.update(eqn.outvars)
+    return [not isinstance(v, Literal) and v in reached for v in jaxpr.outvars]
+
+
+def vary_like(carry: Any, step: Callable[[Any], Any]) -> Any:
+    """`carry` marked as varying over every manual mesh axis that `step(carry)` varies over."""
+    leaves, tree = jax.tree.flatten(carry)
+    while True:
+        after = jax.make_jaxpr(lambda *xs: jax.tree.leaves(step(tree.unflatten(xs))))(*leaves).out_avals
+        missing = [varying_axes(a) - varying_axes(jax.typeof(x)) for a, x in zip(after, leaves, strict=True)]
+        if not any(missing):
+            return tree.unflatten(leaves)
+        leaves = [lax.pcast(x, tuple(sorted(m)), to="varying") if m else x for x, m in zip(leaves, missing, strict=True)]
+
+
+def children(node: Any) -> tuple[Sequence[Any], Any] | None:
+    """The direct children of a pytree node and its key data, or None for a leaf."""
+    flat = default_registry.flatten_one_level(node)
+    return None if flat is None else (list(flat[0]), flat[1])
+
+
+def define_linear_primitive(
+    name: str,
+    *,
+    out_avals: Callable[..., Sequence[Any]],
+    evaluate: Callable[..., Sequence[Any]],
+    jvp: Callable[..., tuple[Sequence[Any], Sequence[Any]]],
+    transpose: Callable[..., Sequence[Any]],
+    batch: Callable[..., tuple[Sequence[Any], Sequence[int | None]]],
+) -> Callable[..., list[Any]]:
+    """A JAX operation given by its rules; returns the function that applies it to arrays.
+
+    `jvp` gets `None` for a tangent that is zero and may return `None`; `transpose` gets `None` for a cotangent that is zero
+    and, in place of each operand, the operand or `None` where its cotangent is wanted; `batch` gets the axis (`.size`, `.name`, `.spmd_name`).
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(evaluate)
+    primitive.def_abstract_eval(lambda *_, **params: list(out_avals(**params)))
+
+    def jvp_rule(primals, tangents, **params):
+        given = [None if type(t) is ad.Zero else t for t in tangents]
+        outs, out_tangents = jvp(primals, given, **params)
+        avals = [tangent_type(jax.typeof(o)) for o in outs]
+        return outs, [ad.Zero(a) if t is None else t for t, a in zip(out_tangents, avals, strict=True)]
+
+    def transpose_rule(cotangents, *operands, **params):
+        cts = [None if type(c) is ad.Zero else c for c in cotangents]
+        return transpose(cts, *[None if ad.is_undefined_primal(x) else x for x in operands], **params)
+
+    ad.primitive_jvps[primitive] = jvp_rule
+    ad.primitive_transposes[primitive] = transpose_rule
+    batching.fancy_primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=True))
+    return primitive.bind

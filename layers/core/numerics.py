@@ -1,0 +1,19 @@
+"""Arithmetic that every layer's gradient needs: wide accumulation, division that cannot fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype to accumulate in: float32, or the dtype itself where it is wider (complex64 at least for complex)."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def safe_reciprocal(x: jax.Array) -> jax.Array:
+    """1 / x, and 0 where x is 0; its derivative is finite there too."""
+    zero = x == 0
+    return jnp.where(zero, 0, 1 / jnp.where(zero, 1, x))

@@ -1,0 +1,190 @@
+"""What one run of `forward` leaves behind: the record that `backward` and forward mode work from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.core import compat
+from layers.core.arguments import ArrayPlace, Template, take_apart
+from layers.core.call import Call
+from layers.core.context import Context, restore, state_of
+from layers.core.cotangents import assign
+from layers.core.recompute import no_barriers
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What the gradient of one call is computed from, its arrays apart.
+
+    Attributes:
+        call: the call.
+        avals: the types of its arrays.
+        moving: which of them are being differentiated.
+        output: the output of `forward`, with places for its arrays.
+        output_avals: the types of these.
+        differentiable: which of these a gradient goes through.
+        state: what the context keeps, with places for its arrays, the residuals.
+        materialize: whether an absent gradient is zeros.
+    """
+
+    call: Call
+    avals: tuple[Any, ...]
+    moving: tuple[bool, ...]
+    output: Template
+    output_avals: tuple[Any, ...]
+    differentiable: tuple[bool, ...]
+    state: Template
+    materialize: bool
+
+    def context(self, residuals: Sequence[Any], *, in_jvp: bool = False) -> Context:
+        needs = self.call.needs(self.moving)
+        return restore(self.call.name, needs, self.materialize, self.state.fill(residuals), in_jvp=in_jvp)
+
+    def grads(self, residuals: Sequence[Any], cotangents: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+        """Runs `backward`. `cotangents`: one for each array of the output, or None. Returns one for each array of the call."""
+        cls, name = self.call.cls, self.call.name
+        if not cls._has_backward():
+            raise NotImplementedError(f"{name} has no backward rule: write `backward(ctx, *grad_outputs)` as a static method")
+        given = [self._materialized(c, a) for c, a in zip(cotangents, self.output_avals, strict=True)]
+        by_output = _top_level(self.output, given)
+        with jax.named_scope(f"{name}.backward"):
+            ctx = self.context(residuals)
+            grads = cls.backward(ctx, by_output) if cls.boxed_grads_call else cls.backward(ctx, *by_output)
+            return assign(name, grads, self.call.arguments, self.avals, wanted)
+
+    def _materialized(self, cotangent: Any, aval: Any) -> Any:
+        return compat.zeros(aval) if cotangent is None and self.materialize else cotangent
+
+    def pull(self, residuals: Sequence[Any], cotangents: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+        """`grads` from and to the arrays that move: the transpose of `push`."""
+        given = iter(cotangents)
+        full = [next(given) if d else None for d in self.differentiable]
+        places = [i for i, m in enumerate(self.moving) if m]
+        chosen = dict(zip(places, wanted, strict=True))
+        grads = self.grads(residuals, full, [chosen.get(i, False) for i in range(len(self.avals))])
+        return [grads[i] for i in places]
+
+    def push(self, residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+        """The tangents of the differentiable outputs: by the class's `jvp`, else by transposing `backward`."""
+        if self.call.cls._has_jvp():
+            return self._push_by_jvp(residuals, tangents)
+        wanted = (True,) * len(tangents)
+
+        def pull(*cotangents: Any) -> list[Any]:
+            grads = self.pull(residuals, cotangents, wanted)
+            return [compat.zeros(jax.typeof(t)) if g is None else g for g, t in zip(grads, tangents, strict=True)]
+
+        likes = [compat.zeros(compat.tangent_type(a)) for a, d in zip(self.output_avals, self.differentiable, strict=True) if d]
+        try:
+            with no_barriers():
+                return list(jax.linear_transpose(pull, *likes)(list(tangents)))
+        except Exception as error:
+            raise TypeError(
+                f"{self.call.name} has no jvp rule, and forward mode cannot be derived from its backward: that is not linear in its gradient, or uses "
+                f"an operation that JAX cannot transpose. Write `jvp(ctx, *tangents)` as a static method. ({type(error).__name__}: {error})"
+            ) from error
+
+    def _push_by_jvp(self, residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+        name = self.call.name
+        ctx = self.context(residuals, in_jvp=True)
+        given = iter(tangents)
+        by_array = [next(given) if m else (compat.zeros(a) if self.materialize else None) for m, a in zip(self.moving, self.avals, strict=True)]
+        by_argument = [jax.tree.map(lambda i: by_array[i] if isinstance(i, int) else None, a.tree) for a in self.call.arguments]
+        with jax.named_scope(f"{name}.jvp"):
+            outs = self.call.cls.jvp(ctx, *by_argument)
+        tops = _top_level(self.output, list(range(len(self.output_avals))))
+        outs = list(outs) if isinstance(outs, (tuple, list)) and self.output_is_tuple() else [outs]
+        if len(outs) != len(tops):
+            raise ValueError(f"{name}.jvp returned {len(outs)} tangent(s), but forward has {len(tops)} output(s): return one for each")
+        return _settle_tangents(name, tops, outs, self.output_avals, self.differentiable)
+
+    def cotangents(self, grad_outputs: Sequence[Any]) -> list[Any]:
+        """The gradients of the outputs, one for each array of the output."""
+        name = self.call.name
+        tops = _top_level(self.output, list(range(len(self.output_avals))))
+        if len(grad_outputs) != len(tops):
+            raise ValueError(f"{name}: forward returned {len(tops)} output(s), but {len(grad_outputs)} gradient(s) were given")
+        flat: list[Any] = [None] * len(self.output_avals)
+        for where, (tree, grad) in enumerate(zip(tops, grad_outputs, strict=True)):
+            places = jax.tree.leaves(tree)
+            leaves = [None] * len(places) if grad is None else jax.tree.leaves(grad, is_leaf=lambda x: x is None)
+            if len(leaves) != len(places):
+                raise ValueError(f"{name}: the gradient of output {where} must have its structure")
+            for i, leaf in zip(places, leaves, strict=True):
+                if leaf is None or not self.differentiable[i]:
+                    continue
+                leaf = jnp.asarray(leaf)
+                if leaf.shape != self.output_avals[i].shape:
+                    raise ValueError(f"{name}: output {where} has shape {self.output_avals[i].shape}, but its gradient has shape {leaf.shape}")
+                flat[i] = leaf.astype(self.output_avals[i].dtype)
+        return flat
+
+    def output_is_tuple(self) -> bool:
+        return isinstance(self.output.fill([None] * len(self.output_avals)), tuple)
+
+
+def _settle_tangents(name: str, tops: Sequence[Any], outs: Sequence[Any], avals: Sequence[Any], differentiable: Sequence[bool]) -> list[Any]:
+    settled: list[Any] = [None] * len(avals)
+    for where, (tree, tangent) in enumerate(zip(tops, outs, strict=True)):
+        places = jax.tree.leaves(tree)
+        leaves = [None] * len(places) if tangent is None else jax.tree.leaves(tangent, is_leaf=lambda x: x is None)
+        if len(leaves) != len(places):
+            raise ValueError(
+                f"{name}.jvp returned {jax.tree.structure(tangent)} as the tangent of output {where}: return the structure of that output"
+            )
+        for i, leaf in zip(places, leaves, strict=True):
+            if leaf is None or not differentiable[i]:
+                continue
+            leaf = jnp.asarray(leaf)
+            if leaf.shape != avals[i].shape:
+                raise ValueError(f"{name}.jvp returned a tangent of shape {leaf.shape} for output {where} of shape {avals[i].shape}")
+            settled[i] = compat.match_placement(leaf.astype(avals[i].dtype), avals[i])
+    return [compat.zeros(a) if t is None else t for t, a, d in zip(settled, avals, differentiable, strict=True) if d]
+
+
+def _top_level(output: Template, arrays: Sequence[Any]) -> list[Any]:
+    """One entry for each output of `forward`, None for what is no array."""
+    filled = output.tree.unflatten([arrays[x.start] if isinstance(x, ArrayPlace) else None for x in output.leaves])
+    return list(filled) if isinstance(filled, tuple) else [filled]
+
+
+def make_record(call: Call, arrays: Sequence[Any], moving: Sequence[bool]) -> tuple[Record, list[Any], list[Any]]:
+    """Runs `forward` and takes apart what it leaves. Returns the record, the arrays of the output and the residuals."""
+    ctx, output = call.run(arrays, moving)
+    engine = ctx._engine
+    outputs: list[Any] = []
+    output_template = take_apart(call.name, "an output", output, outputs)
+    marked = [any(x is m for m in engine.non_differentiable) for x in outputs]
+    residuals: list[Any] = []
+    state = take_apart(call.name, "an attribute of ctx", state_of(ctx), residuals)
+    _name_residuals(call.name, arrays, outputs, residuals)
+    avals = tuple(jax.typeof(x) for x in outputs)
+    record = Record(
+        call=call,
+        avals=tuple(jax.typeof(x) for x in arrays),
+        moving=tuple(moving),
+        output=output_template,
+        output_avals=avals,
+        differentiable=tuple(jnp.issubdtype(a.dtype, np.inexact) and not m for a, m in zip(avals, marked, strict=True)),
+        state=state,
+        materialize=engine.materialize,
+    )
+    return record, outputs, residuals
+
+
+def _name_residuals(name: str, arrays: Sequence[Any], outputs: list[Any], residuals: list[Any]) -> None:
+    """Names what is saved beyond the inputs `Name.saved0`, `Name.saved1`, ..., for the policies of `jax.checkpoint`."""
+    inputs = {id(x) for x in arrays}
+    named: dict[int, Any] = {}
+    for i, x in enumerate(residuals):
+        if isinstance(x, compat.Tracer) and id(x) not in inputs and not compat.is_key(x):
+            if id(x) not in named:
+                named[id(x)] = jax.ad_checkpoint.checkpoint_name(x, f"{name}.saved{i}")
+            residuals[i] = named[id(x)]
+    outputs[:] = [named.get(id(x), x) for x in outputs]

@@ -1,0 +1,26 @@
+"""Measurements and comparisons that several tests share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def assert_trees_close(actual: Any, expected: Any, *, rtol: float, atol: float = 0.0) -> None:
+    """Same structure, and every array close."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=rtol, atol=atol)
+
+
+def temp_bytes(fn: Callable[..., Any], *args: Any) -> int:
+    """The temporary memory in bytes of the compiled `fn`: exact, and the same in every run."""
+    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def saved_bytes(fn: Callable[..., Any], *args: Any) -> int:
+    """The bytes that stay alive from the forward to the backward pass of `fn` beyond its arguments."""
+    kept = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(fn, *a)[1], *args))
+    total = sum(x.size * x.dtype.itemsize for x in kept)
+    return total - sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args))
