@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src import source_info_util
 from jax._src.core import unmapped_aval
+from jax._src.interpreters.partial_eval import dce_jaxpr
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal, Primitive
@@ -26,7 +28,10 @@ __all__ = [
     "depends_on",
     "is_key",
     "match_placement",
+    "open_jaxpr",
+    "source_frames",
     "tangent_type",
+    "used_inputs",
     "vary_like",
     "varying_axes",
     "with_leading_axis",
@@ -138,3 +143,20 @@ def define_linear_primitive(
     batching.fancy_primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=True))
     return primitive.bind
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    """The jaxpr inside a closed one (JAX 0.10 has both kinds), or itself."""
+    inner = getattr(jaxpr, "jaxpr", None)
+    return jaxpr if inner is None or not hasattr(inner, "eqns") else inner
+
+
+def used_inputs(jaxpr: Any) -> list[bool]:
+    """Which inputs of a jaxpr its outputs are computed from."""
+    return list(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
+
+
+def source_frames(eqn: Any) -> list[tuple[str, int, str]]:
+    """File, line and function of the Python frames outside JAX that an equation was traced in, innermost first."""
+    traceback = eqn.source_info.traceback
+    return [] if traceback is None else [(f.file_name, f.start_line, f.function_name) for f in source_info_util.user_frames(traceback)]

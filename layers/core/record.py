@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from layers.core import compat
 from layers.core.arguments import ArrayPlace, Template, take_apart
@@ -185,6 +186,6 @@ def _name_residuals(name: str, arrays: Sequence[Any], outputs: list[Any], residu
     for i, x in enumerate(residuals):
         if isinstance(x, compat.Tracer) and id(x) not in inputs and not compat.is_key(x):
             if id(x) not in named:
-                named[id(x)] = jax.ad_checkpoint.checkpoint_name(x, f"{name}.saved{i}")
+                named[id(x)] = checkpoint_name(x, f"{name}.saved{i}")
             residuals[i] = named[id(x)]
     outputs[:] = [named.get(id(x), x) for x in outputs]

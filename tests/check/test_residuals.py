@@ -1,0 +1,139 @@
+"""The audit names every array that backward keeps, with its bytes, layer and line, and agrees with XLA."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen, nnx
+
+from layers.check.residuals import residuals
+from layers.core.function import Function
+
+X = jnp.linspace(-1.0, 1.0, 32).reshape(4, 8)
+W = jnp.linspace(0.0, 1.0, 64).reshape(8, 8)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.up = nnx.Linear(8, 16, rngs=rngs)
+        self.down = nnx.Linear(16, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.gelu(self.up(self.norm(x))))
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.blocks = nnx.List([Block(rngs), Block(rngs)])
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Square(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x, jnp.sin(x))
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, _ = ctx.saved_tensors
+        return 2 * x * dy
+
+
+def looped(x, w):
+    return jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=5)[0]
+
+
+def xla_residual_bytes(fn, *args):
+    """What XLA's own count of the outputs of `jax.vjp` leaves for the residuals."""
+    compiled = jax.jit(lambda *a: jax.vjp(fn, *a)).lower(*args).compile()
+    outputs = jax.tree.leaves(jax.eval_shape(fn, *args))
+    pointers = 8 * len(jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(fn, *a), *args)))
+    return compiled.memory_analysis().output_size_in_bytes - pointers - sum(o.size * o.dtype.itemsize for o in outputs)
+
+
+@pytest.mark.parametrize(
+    ("fn", "args"),
+    [
+        (lambda m, x: m(x), (Model(nnx.Rngs(0)), X)),
+        (looped, (X, W)),
+        (jax.checkpoint(looped), (X, W)),
+        (lambda x: Square.apply(jnp.cos(x)), (X,)),
+    ],
+    ids=["nnx", "scan", "remat", "custom rule"],
+)
+def test_total_agrees_with_xla(fn, args):
+    assert residuals(fn, *args).total == xla_residual_bytes(fn, *args)
+
+
+def test_layers_are_the_paths_of_nnx_modules():
+    layers_of = residuals(Model(nnx.Rngs(0)), X).by_layer()
+    assert {"Model/blocks.0/norm", "Model/blocks.1/up"} <= set(layers_of)
+
+
+def test_layers_are_the_names_of_linen_modules():
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.gelu(linen.Dense(8, name="first")(x))
+
+    net = Net()
+    params = net.init(jax.random.key(0), X)
+    assert any("first" in r.layer for r in residuals(net.apply, params, X).rows if r.kind == "extra")
+
+
+def test_arguments_are_named_and_not_extra():
+    report = residuals(lambda p, x: jnp.sin(x @ p["w"]), {"w": W}, X)
+    assert {r.layer for r in report.rows if r.kind == "argument"} == {"args[0]['w']", "args[1]"}
+    assert report.extra == X.nbytes
+
+
+def test_source_line_is_the_users():
+    row = next(r for r in residuals(lambda x: jnp.sin(x * 2), X).rows if r.kind == "extra")
+    assert row.source.startswith("test_residuals.py:")
+
+
+def test_stacked_residuals_of_a_scan_say_how_often():
+    assert {r.repeats for r in residuals(looped, X, W).rows if r.operation != "scan" and r.kind == "extra"} == {(5,)}
+
+
+def test_remat_keeps_only_arguments():
+    assert residuals(jax.checkpoint(looped), X, W).extra == 0
+
+
+def test_custom_rule_shows_what_it_saves_and_never_reads():
+    row = next(r for r in residuals(lambda x: Square.apply(x), X).rows if r.kind == "extra")
+    assert row.name == "Square.saved1"
+    assert row.bytes == X.nbytes
+    assert not row.used
+
+
+def test_frozen_arguments_are_left_out_by_wrt():
+    f = lambda x, w: jnp.sum(x @ w)
+    assert {r.layer for r in residuals(f, X, W, wrt=0).rows} == {"args[1]"}
+
+
+def test_nothing_to_differentiate_is_an_error():
+    with pytest.raises(TypeError, match="floating-point"):
+        residuals(lambda i: i, jnp.arange(3))
+
+
+def test_prints_and_shows_in_a_notebook_and_plots():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    report = residuals(Model(nnx.Rngs(0)), X)
+    assert "blocks.0" in str(report)
+    assert "<table>" in report._repr_html_()
+    assert len(report.plot().patches) == len(report.by_layer())
+
+
+def test_compare_gives_the_ratio_of_what_is_extra():
+    comparison = residuals(looped, X, W).compare(jax.checkpoint(looped), X, W)
+    assert comparison.ratio == 0
+    assert "0 of the first" in " ".join(str(comparison).split())
+    with pytest.raises(TypeError, match="arguments"):
+        residuals(looped, X, W).compare(looped)
