@@ -1,0 +1,33 @@
+"""Layers on pytrees: applied to the floating-point leaves, one by one or together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.core.context import is_array
+
+
+def map_floating(name: str, fn: Callable[[Any], Any], tree: Any) -> Any:
+    """`fn` of every floating-point or complex leaf; other leaves as they are.
+
+    Raises:
+        TypeError: for a leaf that is no array and no number.
+    """
+    return map_floating_together(name, lambda leaves: [fn(x) for x in leaves], tree)
+
+
+def map_floating_together(name: str, fn: Callable[[list[Any]], list[Any]], tree: Any) -> Any:
+    """The same, where `fn` takes and returns the list of all such leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    for x in leaves:
+        if not (is_array(x) or isinstance(x, (bool, int, float, complex))):
+            raise TypeError(f"{name}: the input holds a {type(x).__name__}, but must be an array or a pytree of arrays")
+    places = [i for i, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), np.inexact)]
+    for i, x in zip(places, fn([jnp.asarray(leaves[i]) for i in places]), strict=True):
+        leaves[i] = x
+    return structure.unflatten(leaves)

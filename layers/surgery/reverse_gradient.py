@@ -1,0 +1,56 @@
+"""Gradient reversal.
+
+Forward   y = x
+Backward  dx = -scale dy
+Saved     scale, if it is an array.
+
+The gradient is on purpose not that of the forward: below this layer, features are trained against the loss above it.
+
+Reference: Ganin & Lempitsky, "Unsupervised Domain Adaptation by Backpropagation", 2015.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layers.core.function import Function
+from layers.core.trees import map_floating
+
+
+class ReverseGradientFunction(Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return -ctx.scale * dy, None
+
+    @staticmethod
+    def surrogate(x, scale):
+        return -jax.lax.stop_gradient(scale) * x
+
+    @staticmethod
+    def example(key, dtype):
+        return jax.random.normal(key, (3, 4), dtype), 0.5
+
+
+def reverse_gradient(x: Any, *, scale: float | jax.Array = 1.0) -> Any:
+    """Returns `x`; its gradient comes back negated and multiplied by `scale`.
+
+    Args:
+        x: an array or pytree of arrays, of any shape; integer leaves go through.
+        scale: a number or scalar array, which itself gets no gradient.
+
+    Raises:
+        ValueError: if `scale` is not a scalar.
+
+    Reference: Ganin & Lempitsky, "Unsupervised Domain Adaptation by Backpropagation", 2015.
+    """
+    if jnp.ndim(scale) != 0:
+        raise ValueError(f"reverse_gradient: scale has shape {jnp.shape(scale)}, but must be a scalar")
+    return map_floating("reverse_gradient", lambda leaf: ReverseGradientFunction.apply(leaf, scale), x)

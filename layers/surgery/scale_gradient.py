@@ -1,0 +1,51 @@
+"""A gradient scaled on its way back.
+
+Forward   y = x
+Backward  dx = scale dy
+Saved     scale, if it is an array.
+Reference: `optax.scale_gradient` does the same for a fixed scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layers.core.function import Function
+from layers.core.trees import map_floating
+
+
+class ScaleGradientFunction(Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.scale * dy, None
+
+    @staticmethod
+    def surrogate(x, scale):
+        return jax.lax.stop_gradient(scale) * x
+
+    @staticmethod
+    def example(key, dtype):
+        return jax.random.normal(key, (3, 4), dtype), 0.25
+
+
+def scale_gradient(x: Any, scale: float | jax.Array) -> Any:
+    """Returns `x`; its gradient comes back multiplied by `scale`.
+
+    Args:
+        x: an array or pytree of arrays, of any shape; integer leaves go through.
+        scale: a number or scalar array, which itself gets no gradient.
+
+    Raises:
+        ValueError: if `scale` is not a scalar.
+    """
+    if jnp.ndim(scale) != 0:
+        raise ValueError(f"scale_gradient: scale has shape {jnp.shape(scale)}, but must be a scalar")
+    return map_floating("scale_gradient", lambda leaf: ScaleGradientFunction.apply(leaf, scale), x)
