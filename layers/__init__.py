@@ -11,3 +11,8 @@ from layers.surgery.replace_gradient import replace_gradient as replace_gradient
 from layers.surgery.reverse_gradient import reverse_gradient as reverse_gradient
 from layers.surgery.scale_gradient import scale_gradient as scale_gradient
 from layers.surgery.straight_through import straight_through as straight_through
+from layers.quantization.binarize import binarize as binarize
+from layers.quantization.fake_quantize import fake_quantize as fake_quantize
+from layers.quantization.finite_scalar_quantize import finite_scalar_quantize as finite_scalar_quantize
+from layers.quantization.round_ste import round_ste as round_ste
+from layers.quantization.ternarize import ternarize as ternarize

@@ -1,0 +1,114 @@
+"""Quantisation to a grid of integers and back, for training that knows of it.
+
+    n, p = -2^(bits-1), 2^(bits-1) - 1 (signed) or 0, 2^bits - 1;   u = x / s,   q = round(clip(u, n, p))
+Forward   y = s q
+Backward  dx = dy where n <= u <= p, else 0                     (straight through the rounding, clipped)
+          ds = g sum dy (q - u where inside, else q)            (learned step, LSQ);   g = 1 / sqrt(N p)
+
+For an entry inside, y = s round(x / s), so dy/ds = q - u with the rounding passed straight through; for one clipped it is q, n or p itself.
+N is the number of entries that share a step, and g is LSQ's scale of its gradient.
+Saved     x and s; the quotient is recomputed.
+
+With no step given, s = max|x| / p: nothing is clipped, dx = dy, and s has no gradient.
+
+Reference: Esser et al., "Learned Step Size Quantization", 2020, equations 1 to 5.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from layers.core.function import Function
+from layers.core.numerics import safe_reciprocal, wide
+from layers.core.recompute import barrier
+
+
+def _levels(bits: int, signed: bool) -> tuple[int, int]:
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def _quotient(x: jax.Array, step: jax.Array) -> jax.Array:
+    return x.astype(wide(x.dtype)) * safe_reciprocal(step.astype(wide(x.dtype)))
+
+
+class FakeQuantizeFunction(Function):
+    @staticmethod
+    def forward(ctx, x, step, bits, signed):
+        ctx.save_for_backward(x, step)
+        ctx.levels = low, high = _levels(bits, signed)
+        quantised = jnp.round(jnp.clip(_quotient(x, step), low, high))
+        return (quantised * step.astype(quantised.dtype)).astype(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, step), dy = barrier(ctx.saved_tensors, dy)
+        low, high = ctx.levels
+        u = _quotient(x, step)
+        inside = (u >= low) & (u <= high)
+        dx = jnp.where(inside, dy, 0)
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None
+        q = jnp.round(jnp.clip(u, low, high))
+        g = 1 / math.sqrt(max(x.size // max(step.size, 1), 1) * high)
+        return dx, g * dy.astype(u.dtype) * (q - jnp.where(inside, u, 0)), None, None
+
+    @staticmethod
+    def surrogate(x, step, bits, signed):
+        low, high = _levels(bits, signed)
+        hold = jax.lax.stop_gradient
+        u = hold(x / step)
+        inside = (u >= low) & (u <= high)
+        slope = hold(jnp.round(jnp.clip(u, low, high)) - jnp.where(inside, u, 0))
+        return jnp.where(inside, x, 0) + slope * step / math.sqrt(x.size // step.size * high)
+
+    @staticmethod
+    def example(key, dtype):
+        return 2 * jax.random.normal(key, (3, 5), dtype), jnp.asarray([[0.3], [0.2], [0.5]], dtype), 4, True
+
+
+def fake_quantize(
+    x: Float[Array, "*shape"],
+    step: Float[Array, "..."] | None = None,
+    *,
+    bits: int = 8,
+    axis: int | None = None,
+    signed: bool = True,
+) -> Float[Array, "*shape"]:
+    """Rounds `x` to a grid of `2**bits` levels, with a straight-through gradient.
+
+    Args:
+        x: values of any shape.
+        step: the distance of the levels, a scalar, or a vector with one entry for each index of `axis`; it is differentiated (LSQ).
+            None takes the absolute maximum over the highest level, without gradient.
+        bits: 2 or more for signed, 1 or more for unsigned levels.
+        axis: the channel axis, with a step for each index; None for one step.
+        signed: levels -2^(bits-1) to 2^(bits-1) - 1, else 0 to 2^bits - 1.
+
+    Returns:
+        An array of the shape and dtype of `x`. A step of 0 gives zeros, and finite gradients.
+
+    Raises:
+        ValueError: for too few bits, an `axis` that `x` has not, or a `step` of another shape.
+
+    Reference: Esser et al., "Learned Step Size Quantization", 2020.
+    """
+    x = jnp.asarray(x)
+    if bits < 1 + signed:
+        raise ValueError(f"fake_quantize: bits is {bits}, but must be at least {1 + signed} for {'signed' if signed else 'unsigned'} levels")
+    if axis is not None and not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"fake_quantize: axis is {axis}, but x has shape {x.shape}")
+    shape = () if axis is None else (x.shape[axis],)
+    if step is not None and jnp.shape(step) != shape:
+        raise ValueError(f"fake_quantize: step has shape {jnp.shape(step)}, but must have shape {shape} (x: {x.shape}, axis: {axis})")
+    if not x.size:
+        return x
+    spread = () if axis is None else tuple(-1 if i == axis % x.ndim else 1 for i in range(x.ndim))
+    if step is None:
+        others = tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)
+        high = _levels(bits, signed)[1]
+        step = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=others).astype(wide(x.dtype)) / high)
+    return FakeQuantizeFunction.apply(x, jnp.asarray(step).reshape(spread), bits, signed)

@@ -1,0 +1,88 @@
+"""Finite scalar quantisation: each channel bounded and rounded to a few levels.
+
+    L odd:  h = (L - 1) (1 + eps) / 2,  o = 0;      L even: o = 1/2
+    b = h tanh(x + atanh(o / h)) - o,   q = round(b)
+Forward   y = q / (L // 2)
+Backward  dx = dy h (1 - t^2) / (L // 2),   t = tanh(x + atanh(o / h))      (straight through the rounding)
+Saved     x.
+
+Reference: Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", 2023, appendix A.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from layers.core.function import Function
+from layers.core.numerics import wide
+from layers.core.recompute import barrier
+
+_EPSILON = 1e-3
+
+
+def _bounds(levels: tuple[int, ...], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Half width, offset and shift of each channel."""
+    count = np.asarray(levels)
+    half = (count - 1) * (1 + _EPSILON) / 2
+    offset = np.where(count % 2 == 0, 0.5, 0.0)
+    return tuple(jnp.asarray(v, dtype) for v in (half, offset, np.arctanh(offset / half)))  # type: ignore[return-value]
+
+
+class FiniteScalarQuantizeFunction(Function):
+    @staticmethod
+    def forward(ctx, x, levels):
+        ctx.save_for_backward(x)
+        ctx.levels = levels
+        half, offset, shift = _bounds(levels, wide(x.dtype))
+        bounded = half * jnp.tanh(x.astype(half.dtype) + shift) - offset
+        return (jnp.round(bounded) / (np.asarray(levels) // 2)).astype(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,), dy = barrier(ctx.saved_tensors, dy)
+        half, _, shift = _bounds(ctx.levels, wide(x.dtype))
+        t = jnp.tanh(x.astype(half.dtype) + shift)
+        return dy * half * (1 - t * t) / (np.asarray(ctx.levels) // 2), None
+
+    @staticmethod
+    def surrogate(x, levels):
+        half, offset, shift = _bounds(levels, wide(x.dtype))
+        return (half * jnp.tanh(x + shift) - offset) / (np.asarray(levels) // 2)
+
+    @staticmethod
+    def example(key, dtype):
+        return 2 * jax.random.normal(key, (4, 3), dtype), (8, 5, 3)
+
+
+def finite_scalar_quantize(
+    x: Float[Array, "*batch channels"], levels: Sequence[int]
+) -> tuple[Float[Array, "*batch channels"], Int[Array, "*batch"]]:
+    """Bounds each channel and rounds it to one of its levels, in [-1, 1]; the gradient goes straight through the rounding.
+
+    Args:
+        x: features.
+        levels: the number of levels of each channel, 2 or more; their product is the size of the codebook.
+
+    Returns:
+        The quantised features, and the index of each vector in the codebook (int32, first channel fastest).
+
+    Raises:
+        ValueError: if `levels` has not one entry for each channel, an entry is below 2, or the codebook does not fit an int32.
+
+    Reference: Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", 2023.
+    """
+    x, levels = jnp.asarray(x), tuple(int(n) for n in levels)
+    if x.ndim < 1 or x.shape[-1] != len(levels):
+        raise ValueError(f"finite_scalar_quantize: levels has {len(levels)} entries, but x has shape {x.shape}; give one for each channel")
+    if min(levels, default=2) < 2 or int(np.prod(levels, dtype=object)) > 2**31 - 1:
+        raise ValueError(f"finite_scalar_quantize: levels is {levels}, but each must be at least 2 and their product below 2**31")
+    y = FiniteScalarQuantizeFunction.apply(x, levels)
+    half = np.asarray(levels) // 2
+    digits = jnp.round(jax.lax.stop_gradient(y).astype(jnp.float32) * half + half).astype(jnp.int32)
+    places = np.cumprod((1, *levels[:-1])).astype(np.int32)
+    return y, jnp.sum(digits * places, axis=-1, dtype=jnp.int32)

@@ -1,0 +1,42 @@
+"""Rounding with a straight-through gradient.
+
+Forward   y = round(x), ties to even
+Backward  dx = dy
+Saved     nothing.
+
+Reference: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from layers.core.function import Function
+
+
+class RoundSteFunction(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return jnp.round(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+    @staticmethod
+    def surrogate(x):
+        return x
+
+    @staticmethod
+    def example(key, dtype):
+        return (3 * jax.random.normal(key, (3, 4), dtype),)
+
+
+def round_ste(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Rounds to the nearest integer, ties to even; the gradient goes straight through.
+
+    Reference: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
+    """
+    return RoundSteFunction.apply(jnp.asarray(x))

@@ -1,0 +1,155 @@
+"""Values of each quantiser against its definition, gradients against the slope that its paper gives."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import layers
+from layers.core.bits import pack_bits, unpack_bits
+from tests.support import saved_bytes
+
+X = jnp.array([[-2.0, -1.0, -0.4], [0.0, 0.3, 1.5]])
+DY = jnp.array([[1.0, -2.0, 0.5], [3.0, 4.0, -0.25]])
+
+
+def gradient(fn, x, dy=DY):
+    return jax.vjp(fn, x)[1](dy)[0]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (8,), (3, 5), (2, 3, 4), (0, 3)])
+def test_packed_bits_come_back(shape):
+    mask = jax.random.bernoulli(jax.random.key(0), 0.5, shape)
+    packed = pack_bits(mask)
+    assert packed.nbytes == -(-mask.size // 8)
+    np.testing.assert_array_equal(unpack_bits(packed, shape), mask)
+
+
+def test_round_ste_rounds_half_to_even_and_passes_the_gradient():
+    x = jnp.array([0.5, 1.5, -0.5, 2.4])
+    np.testing.assert_array_equal(layers.round_ste(x), np.round(x))
+    np.testing.assert_array_equal(gradient(layers.round_ste, X), DY)
+
+
+def test_binarize_is_the_sign_with_the_slope_of_hardtanh():
+    np.testing.assert_array_equal(layers.binarize(X), np.where(X >= 0, 1, -1))
+    np.testing.assert_array_equal(gradient(layers.binarize, X), np.where(np.abs(X) <= 1, DY, 0))
+
+
+def test_binarize_saves_one_bit_an_element():
+    x = jnp.ones((16, 64))
+    assert saved_bytes(layers.binarize, x) + x.nbytes == x.size // 8
+
+
+def ternary_by_hand(x, threshold):
+    size = np.abs(x)
+    kept = size > threshold * size.mean()
+    return np.sign(x) * kept * (size[kept].mean() if kept.any() else 0)
+
+
+def test_ternarize_follows_the_paper():
+    np.testing.assert_allclose(layers.ternarize(X), ternary_by_hand(np.asarray(X), 0.7), rtol=1e-6)
+    rows = np.stack([ternary_by_hand(row, 0.7) for row in np.asarray(X)])
+    np.testing.assert_allclose(layers.ternarize(X, axis=0), rows, rtol=1e-6)
+    np.testing.assert_array_equal(gradient(layers.ternarize, X), DY)
+
+
+def test_ternarize_of_zeros_is_zero_and_finite():
+    np.testing.assert_array_equal(layers.ternarize(jnp.zeros((2, 3))), np.zeros((2, 3)))
+
+
+def lsq_by_hand(x, dy, step, low, high):
+    """Equations 3 and 5 of the paper, in float64, entry by entry."""
+    dx, ds = np.zeros_like(x), 0.0
+    for i in np.ndindex(x.shape):
+        u = x[i] / step
+        if u < low or u > high:
+            ds += dy[i] * (low if u < low else high)
+        else:
+            dx[i] = dy[i]
+            ds += dy[i] * (np.round(u) - u)
+    return dx, ds / np.sqrt(x.size * high)
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(2, True), (4, True), (8, True), (1, False), (4, False)])
+def test_learned_step_has_the_gradient_of_the_paper(bits, signed):
+    with jax.enable_x64(True):
+        x, dy = np.asarray(X, np.float64), np.asarray(DY, np.float64)
+        low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        step = 0.37
+        y, pull = jax.vjp(lambda x, s: layers.fake_quantize(x, s, bits=bits, signed=signed), jnp.asarray(x), jnp.asarray(step))
+        np.testing.assert_allclose(y, step * np.round(np.clip(x / step, low, high)), rtol=1e-12)
+        dx, ds = pull(jnp.asarray(dy))
+        expected = lsq_by_hand(x, dy, step, low, high)
+        np.testing.assert_allclose(dx, expected[0], rtol=1e-12)
+        np.testing.assert_allclose(ds, expected[1], rtol=1e-12)
+
+
+def test_steps_for_channels_are_those_of_each_channel():
+    steps = jnp.array([0.2, 0.5, 0.1])
+    whole = jax.vjp(lambda x, s: layers.fake_quantize(x, s, bits=3, axis=1), X, steps)
+    parts = [jax.vjp(lambda x, s: layers.fake_quantize(x, s, bits=3), X[:, i], steps[i]) for i in range(3)]
+    np.testing.assert_allclose(whole[0], np.stack([p[0] for p in parts], 1), rtol=1e-6)
+    grads = [p[1](DY[:, i]) for i, p in enumerate(parts)]
+    np.testing.assert_allclose(whole[1](DY)[0], np.stack([g[0] for g in grads], 1), rtol=1e-6)
+    np.testing.assert_allclose(whole[1](DY)[1], np.stack([g[1] for g in grads]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1])
+def test_absmax_step_clips_nothing_but_the_lowest(axis):
+    y = layers.fake_quantize(X, bits=8, axis=axis)
+    np.testing.assert_allclose(y, X, atol=2.0 / 127 / 2 + 1e-6)
+    np.testing.assert_array_equal(gradient(lambda x: layers.fake_quantize(x, bits=8, axis=axis), X), DY)
+
+
+def test_zero_step_and_zero_input_are_finite():
+    zero = jnp.zeros((2, 3))
+    for x, step in ((zero, None), (X, jnp.float32(0.0))):
+        y, pull = jax.vjp(lambda x, s=step: layers.fake_quantize(x, s), x)
+        np.testing.assert_array_equal(y, zero)
+        assert np.isfinite(pull(DY)[0]).all()
+
+
+def test_quantised_bfloat16_keeps_its_dtype():
+    x = X.astype(jnp.bfloat16)
+    assert layers.fake_quantize(x, bits=4).dtype == jnp.bfloat16
+    assert gradient(lambda x: layers.fake_quantize(x, bits=4), x, DY.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_fsq_reaches_every_code_once_and_no_other():
+    levels = (4, 3, 2)
+    grid = jnp.array(list(itertools.product(np.linspace(-4, 4, 41), repeat=3)))
+    y, index = layers.finite_scalar_quantize(grid, levels)
+    assert set(np.unique(index)) == set(range(24))
+    codes = {tuple(np.round(v, 5)) for v in np.asarray(y)}
+    assert len(codes) == 24
+    assert np.abs(y).max() <= 1
+
+
+def test_fsq_gradient_is_that_of_the_bound():
+    levels = (8, 5, 3)
+    half = (np.asarray(levels) - 1) * 1.001 / 2
+    offset = np.where(np.asarray(levels) % 2 == 0, 0.5, 0.0)
+    bound = lambda x: (half * jnp.tanh(x + np.arctanh(offset / half)) - offset) / (np.asarray(levels) // 2)
+    with jax.enable_x64(True):
+        x, dy = jnp.asarray(X, jnp.float64), jnp.asarray(DY, jnp.float64)
+        np.testing.assert_allclose(gradient(lambda x: layers.finite_scalar_quantize(x, levels)[0], x, dy), gradient(bound, x, dy), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: layers.fake_quantize(X, bits=1), "bits is 1"),
+        (lambda: layers.fake_quantize(X, axis=2), "axis is 2"),
+        (lambda: layers.fake_quantize(X, jnp.ones(2), axis=1), r"step has shape \(2,\), but must have shape \(3,\)"),
+        (lambda: layers.ternarize(X, threshold=-1), "threshold"),
+        (lambda: layers.ternarize(X, axis=5), "axis is 5"),
+        (lambda: layers.finite_scalar_quantize(X, (3, 3)), "2 entries"),
+        (lambda: layers.finite_scalar_quantize(X, (3, 3, 1)), "at least 2"),
+    ],
+)
+def test_bad_options_are_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
