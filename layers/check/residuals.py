@@ -100,7 +100,7 @@ class Residuals:
         return _html(self.title, self._summary(), _HEAD, self._cells())
 
     def _summary(self) -> str:
-        kinds = Counter(dict.fromkeys(("extra", "argument", "constant"), 0))
+        kinds: Counter[str] = Counter(dict.fromkeys(("extra", "argument", "constant"), 0))
         for r in self.rows:
             kinds[r.kind] += r.bytes
         unused = sum(r.bytes for r in self.rows if not r.used)

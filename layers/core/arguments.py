@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.core.closures import hoist
-from layers.core.context import is_array, refuse_hidden_tracers
+from layers.core.context import is_array
 from layers.core.cotangents import NOT_AN_ARRAY
 
 
@@ -65,11 +65,7 @@ def take_apart(name: str, what: str, value: Any, arrays: list[Any]) -> Template:
         elif isinstance(leaf, (bool, int, float, complex, str, bytes)):
             kept.append(leaf)
         else:
-            held, rebuild = hoist(leaf)
-            if held:
-                kept.append(CallablePlace(len(arrays), len(arrays) + len(held), rebuild))
-                arrays += held
-            else:
-                refuse_hidden_tracers(name, what, leaf)
-                kept.append(leaf)
+            held, rebuild = hoist(leaf, f"{name}: {what}")
+            kept.append(CallablePlace(len(arrays), len(arrays) + len(held), rebuild) if held else leaf)
+            arrays += held
     return Template(tree, tuple(kept))

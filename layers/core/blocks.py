@@ -24,7 +24,8 @@ def scan_blocks(body: Callable[..., tuple[Any, Any]], carry: Any, arrays: Any, *
     """Folds `body` over blocks of rows, like `jax.lax.scan` over groups of `block` rows.
 
     Args:
-        body: `(carry, rows) -> (carry, outs)`; `rows` is `arrays` with at most `block` rows each, `outs` a pytree of arrays with as many rows, or None.
+        body: `(carry, rows) -> (carry, outs)`; `rows` is `arrays` with at most `block` rows each,
+            `outs` a pytree of arrays with as many rows, or None.
         carry: where it starts.
         arrays: a pytree of arrays that all have the same number of rows, the length of axis 0.
         block: rows in a block; the last one may have fewer.

@@ -15,10 +15,15 @@ from layers.core.context import Context, is_array
 from layers.core.cotangents import NOT_AN_ARRAY, Argument
 
 
-@functools.cache
-def _parameters(fn: Callable[..., Any], skip: int) -> inspect.Signature:
-    signature = inspect.signature(fn)
-    return signature.replace(parameters=list(signature.parameters.values())[skip:])
+@functools.lru_cache(maxsize=512)
+def _parameters(fn: Callable[..., Any], skip: int) -> tuple[inspect.Signature, list[str] | None]:
+    """The signature of `fn` without `ctx`, and the names of its parameters if all are positional."""
+    parameters = list(inspect.signature(fn).parameters.values())
+    if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        skip = 0
+    signature = inspect.Signature(parameters[skip:])
+    positional = all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    return signature, list(signature.parameters) if positional else None
 
 
 class Call:
@@ -42,7 +47,7 @@ class Call:
         self.templates: list[Template] = []
         self.hoisted: dict[int, str] = {}
         split = cls._is_split()
-        positional, keywords, names = _bind(self.name, _parameters(cls.forward, 0 if split else 1), args, kwargs, fill=split)
+        positional, keywords, names = _bind(self.name, *_parameters(cls.forward, 0 if split else 1), args, kwargs, fill=split)
         self.positional_count = len(positional)
         self.keywords = tuple(keywords)
         for i, (name, value) in enumerate(zip(names, (*positional, *keywords.values()), strict=True)):
@@ -95,14 +100,17 @@ _LEAF = jax.tree.structure(0)
 
 
 def _bind(
-    name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], *, fill: bool
+    name: str, signature: inspect.Signature, positional: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, fill: bool
 ) -> tuple[list[Any], dict[str, Any], list[str]]:
     """Positional values, keyword-only values and the names of both, as `forward` will get them."""
+    if positional is not None and not kwargs and len(args) == len(positional):
+        return list(args), {}, positional
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"{name}.apply: {error}; forward takes {signature}") from None
-    if fill or len(bound.args) < len([k for k in bound.arguments if k in kwargs]) + len(args):
+    by_name = [k for k in kwargs if k in signature.parameters and signature.parameters[k].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    if fill or len(bound.args) < len(args) + len(by_name):
         bound.apply_defaults()
     names: list[str] = []
     for key, parameter in signature.parameters.items():

@@ -14,33 +14,72 @@ import jax
 
 from layers.core import compat
 
+Rebuild = Callable[[list[Any]], Any]
+
 
 def traced_names(fn: Any) -> list[str]:
-    """The names of the variables in the closure of `fn` that hold traced arrays."""
+    """The names of the variables in the closure of `fn` that hold traced arrays, themselves or in the closure of a function."""
     fn = getattr(fn, "__func__", fn)
-    cells = getattr(fn, "__closure__", None) or ()
-    return [name for name, cell in zip(fn.__code__.co_freevars, cells, strict=True) if _has_tracer(_content(cell))] if cells else []
+    cells = getattr(fn, "__closure__", None)
+    return [name for name, cell in zip(fn.__code__.co_freevars, cells, strict=True) if _has_tracer(_content(cell), {id(fn)})] if cells else []
 
 
-def hoist(fn: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def hoist(fn: Any, where: str) -> tuple[list[Any], Rebuild]:
     """The traced arrays in the closure of `fn`, and how to make `fn` anew from as many arrays.
 
     Looks into the closures, defaults and keyword defaults of Python functions, into `functools.partial`, bound methods, and the pytrees and
     functions that they hold.
 
+    Args:
+        fn: any object.
+        where: what it is, for messages.
+
     Returns:
         `(arrays, rebuild)`; `rebuild(arrays)` behaves like `fn` with these arrays in place of its own. Without traced arrays, `([], ...)`
         where `rebuild([])` is `fn` itself.
+
+    Raises:
+        TypeError: where a traced array cannot be taken out: in an object that JAX cannot look into, or in functions that call each other.
     """
-    if isinstance(fn, functools.partial):
-        return _hoist_parts((fn.func, fn.args, fn.keywords), fn, lambda f, a, k: functools.partial(f, *a, **k))
-    if isinstance(fn, types.MethodType):
-        return _hoist_parts((fn.__func__, fn.__self__), fn, types.MethodType)
-    if not isinstance(fn, types.FunctionType):
+    cycles: list[Any] = []
+    arrays, rebuild = _hoist(fn, where, (), cycles)
+    if arrays and cycles:
+        raise TypeError(f"{where} is a recursive function that closes over a traced array: pass the array as an argument of its own")
+    return arrays, rebuild
+
+
+def _hoist(fn: Any, where: str, above: tuple[Any, ...], cycles: list[Any]) -> tuple[list[Any], Rebuild]:
+    if any(fn is f for f in above):
+        cycles.append(fn)
         return [], lambda _: fn
-    contents = tuple(_content(c) for c in fn.__closure__ or ())
-    make = functools.partial(_remake, fn.__code__, fn.__globals__, fn.__name__, dict(fn.__dict__))
-    return _hoist_parts((contents, fn.__defaults__, fn.__kwdefaults__), fn, make)
+    parts, make = _parts(fn)
+    if make is None:
+        _refuse_hidden_tracers(fn, where)
+        return [], lambda _: fn
+    leaves, tree = jax.tree.flatten(parts)
+    arrays: list[Any] = []
+    rebuilders: list[tuple[int, int, Rebuild]] = []
+    for leaf in leaves:
+        start = len(arrays)
+        inner, rebuild = ([leaf], lambda given: given[0]) if isinstance(leaf, compat.Tracer) else _hoist(leaf, where, (*above, fn), cycles)
+        arrays += inner
+        rebuilders.append((start, len(arrays), rebuild))
+    if not arrays:
+        return [], lambda _: fn
+    return arrays, lambda given: make(*tree.unflatten([rebuild(given[a:b]) for a, b, rebuild in rebuilders]))
+
+
+def _parts(fn: Any) -> tuple[tuple[Any, ...], Callable[..., Any] | None]:
+    """What a callable is made of, and how to make one from as much; nothing for any other object."""
+    if isinstance(fn, functools.partial):
+        return (fn.func, fn.args, fn.keywords), lambda f, a, k: functools.partial(f, *a, **k)
+    if isinstance(fn, types.MethodType):
+        return (fn.__func__, fn.__self__), types.MethodType
+    if isinstance(fn, types.FunctionType):
+        contents = tuple(_content(c) for c in fn.__closure__ or ())
+        make = functools.partial(_remake, fn.__code__, fn.__globals__, fn.__name__, dict(fn.__dict__))
+        return (contents, fn.__defaults__, fn.__kwdefaults__), make
+    return (), None
 
 
 def _remake(code: types.CodeType, names: dict[str, Any], name: str, attributes: dict[str, Any], contents: Any, defaults: Any, kwdefaults: Any) -> Any:
@@ -51,22 +90,15 @@ def _remake(code: types.CodeType, names: dict[str, Any], name: str, attributes: 
     return made
 
 
-def _hoist_parts(parts: tuple[Any, ...], whole: Any, make: Callable[..., Any]) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    leaves, tree = jax.tree.flatten(parts)
-    arrays: list[Any] = []
-    rebuilders: list[Callable[[list[Any]], Any]] = []
-    for leaf in leaves:
-        start = len(arrays)
-        if isinstance(leaf, compat.Tracer):
-            arrays.append(leaf)
-            rebuilders.append(lambda given, i=start: given[i])
-        else:
-            inner, rebuild = hoist(leaf) if leaf is not whole else ([], lambda _, x=leaf: x)
-            arrays += inner
-            rebuilders.append(lambda given, a=start, b=len(arrays), r=rebuild: r(given[a:b]))
-    if not arrays:
-        return [], lambda _: whole
-    return arrays, lambda given: make(*jax.tree.unflatten(tree, [r(given) for r in rebuilders]))
+def _refuse_hidden_tracers(x: Any, where: str) -> None:
+    """Raises where an object that JAX cannot look into holds a traced array, which would leak."""
+    advice = "which JAX cannot see there. Pass (or keep) the array itself, or register the class as a pytree."
+    wrapped = getattr(x, "__wrapped__", None)
+    for name in traced_names(wrapped) if callable(wrapped) else ():
+        raise TypeError(f"{where} is a {type(x).__name__} that holds a traced array in its closure, `{name}`, {advice}")
+    for key, value in getattr(x, "__dict__", {}).items():
+        if any(isinstance(leaf, compat.Tracer) for leaf in jax.tree.leaves(value)):
+            raise TypeError(f"{where} is a {type(x).__name__} that holds a traced array in `.{key}`, {advice}")
 
 
 class _Empty:
@@ -83,5 +115,13 @@ def _content(cell: Any) -> Any:
         return _EMPTY
 
 
-def _has_tracer(x: Any) -> bool:
-    return any(isinstance(leaf, compat.Tracer) for leaf in jax.tree.leaves(x))
+def _has_tracer(x: Any, seen: set[int]) -> bool:
+    for leaf in jax.tree.leaves(x):
+        if isinstance(leaf, compat.Tracer):
+            return True
+        parts, make = _parts(leaf)
+        if make is not None and id(leaf) not in seen:
+            seen.add(id(leaf))
+            if _has_tracer(parts, seen):
+                return True
+    return False

@@ -5,15 +5,16 @@ Written against JAX 0.10 (the newest for Python 3.11) and 0.12.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src import source_info_util
-from jax._src.core import unmapped_aval
-from jax._src.interpreters.partial_eval import dce_jaxpr
+from jax._src.core import set_current_trace, take_current_trace, unmapped_aval
+from jax._src.interpreters.partial_eval import JaxprTrace, dce_jaxpr
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal, Primitive
@@ -27,7 +28,9 @@ __all__ = [
     "define_linear_primitive",
     "depends_on",
     "is_key",
+    "known_values",
     "match_placement",
+    "on_first_device",
     "open_jaxpr",
     "source_frames",
     "tangent_type",
@@ -77,6 +80,14 @@ def zeros(aval: Any) -> jax.Array:
     return match_placement(jnp.zeros(aval.shape, aval.dtype), aval)
 
 
+def on_first_device(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """`x` on the first device along these manual mesh axes, zero on the others: so that a sum over the devices counts it once."""
+    if not axes:
+        return x
+    first = sum(lax.axis_index(a) for a in axes) == 0
+    return jnp.where(first, lax.pcast(x, tuple(axes), to="varying"), 0)
+
+
 def with_leading_axis(aval: Any, axis: Any) -> Any:
     """The type of a batch of `axis.size` values of type `aval`."""
     return unmapped_aval(axis.size, 0, aval, axis.explicit_mesh_axis)
@@ -107,6 +118,18 @@ def children(node: Any) -> tuple[Sequence[Any], Any] | None:
     """The direct children of a pytree node and its key data, or None for a leaf."""
     flat = default_registry.flatten_one_level(node)
     return None if flat is None else (list(flat[0]), flat[1])
+
+
+@contextlib.contextmanager
+def known_values(primals: Sequence[Any]) -> Iterator[None]:
+    """Runs the forward part of a `custom_jvp` rule outside the partial evaluation that reverse mode puts around the rule.
+
+    That part sees `primals` only and no tangent, so that where these are known, all of it is; partially evaluating it does nothing but take time.
+    """
+    with take_current_trace() as trace:
+        known = isinstance(trace, JaxprTrace) and not any(isinstance(x, Tracer) and x._trace is trace for x in primals)
+        with set_current_trace(trace.parent_trace if known else trace):
+            yield
 
 
 def define_linear_primitive(

@@ -14,7 +14,7 @@ from layers.core import compat
 
 def is_array(x: Any) -> bool:
     """Whether `x` is traced and differentiated as an array: JAX arrays and tracers, NumPy arrays and scalars."""
-    return isinstance(x, (jax.Array, np.ndarray, np.generic))
+    return isinstance(x, (compat.Tracer, np.ndarray, np.generic, jax.Array))
 
 
 class Context:
@@ -132,13 +132,3 @@ def restore(name: str, needs: tuple[bool, ...], materialize: bool, state: tuple[
     engine.materialize, engine.readable, engine.in_jvp = materialize, True, in_jvp
     ctx.__dict__.update(attributes)
     return ctx
-
-
-def refuse_hidden_tracers(name: str, what: str, x: Any) -> None:
-    """Raises where an object that JAX cannot look into holds a traced array, which would leak."""
-    for key, value in getattr(x, "__dict__", {}).items():
-        if any(isinstance(leaf, compat.Tracer) for leaf in jax.tree.leaves(value)):
-            raise TypeError(
-                f"{name}: {what} is a {type(x).__name__} that holds a traced array in `.{key}`, which JAX cannot see there. "
-                "Pass (or keep) the array itself, or register the class as a pytree."
-            )

@@ -27,7 +27,7 @@ from layers.core.call import Call
 from layers.core.closures import traced_names
 from layers.core.context import Context, restore, state_of
 from layers.core.record import Record, make_record
-from layers.core.tangent import TangentMap
+from layers.core.tangent import TangentMap, refuse_second_derivative
 
 
 class Function:
@@ -119,7 +119,8 @@ class Function:
 
         def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
             moving = tuple(not isinstance(t, compat.SymbolicZero) for t in tangents)
-            record, outputs, residuals = make_record(call, primals, moving)
+            with compat.known_values(primals):
+                record, outputs, residuals = make_record(call, primals, moving)
             filled[:] = [record.output.fill]
             return outputs, _tangents(record, residuals, [t for t, m in zip(tangents, moving, strict=True) if m])
 
@@ -172,6 +173,7 @@ def _tangents(record: Record, residuals: list[Any], moving: list[Any]) -> list[A
         out_avals=tuple(a for a, d in zip(avals, record.differentiable, strict=True) if d),
         push=record.push,
         pull=record.pull,
+        once=not record.call.cls._has_jvp() and hasattr(record.call.cls.backward, "once_differentiable"),
     )
     given = iter(tangent_map(residuals, moving))
     return [next(given) if d else compat.SymbolicZero(a) for a, d in zip(avals, record.differentiable, strict=True)]
@@ -266,13 +268,14 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             return out
 
         def refuse(*_: Any) -> Any:
-            raise RuntimeError(f"{engine.name}: trying to differentiate twice a function that was marked with @once_differentiable")
+            refuse_second_derivative(engine.name)
 
         once = jax.custom_jvp(run)
         once.defjvp(refuse)
         outs = once(*arrays)
         return filled[0](outs)
 
+    wrapper.once_differentiable = True  # type: ignore[attr-defined]
     return wrapper
 
 

@@ -32,6 +32,8 @@ class Record:
         differentiable: which of these a gradient goes through.
         state: what the context keeps, with places for its arrays, the residuals.
         materialize: whether an absent gradient is zeros.
+        shared: for each of the outputs the manual mesh axes (`shard_map`) along which the devices compute the same from what they share, while other
+            arrays of the call differ there: its gradient enters on one device only, or the sum over the devices would count it on each.
     """
 
     call: Call
@@ -42,6 +44,7 @@ class Record:
     differentiable: tuple[bool, ...]
     state: Template
     materialize: bool
+    shared: tuple[tuple[str, ...], ...]
 
     def context(self, residuals: Sequence[Any], *, in_jvp: bool = False) -> Context:
         needs = self.call.needs(self.moving)
@@ -52,15 +55,17 @@ class Record:
         cls, name = self.call.cls, self.call.name
         if not cls._has_backward():
             raise NotImplementedError(f"{name} has no backward rule: write `backward(ctx, *grad_outputs)` as a static method")
-        given = [self._materialized(c, a) for c, a in zip(cotangents, self.output_avals, strict=True)]
+        given = [self._entering(*x) for x in zip(cotangents, self.output_avals, self.shared, strict=True)]
         by_output = _top_level(self.output, given)
         with jax.named_scope(f"{name}.backward"):
             ctx = self.context(residuals)
             grads = cls.backward(ctx, by_output) if cls.boxed_grads_call else cls.backward(ctx, *by_output)
             return assign(name, grads, self.call.arguments, self.avals, wanted)
 
-    def _materialized(self, cotangent: Any, aval: Any) -> Any:
-        return compat.zeros(aval) if cotangent is None and self.materialize else cotangent
+    def _entering(self, cotangent: Any, aval: Any, shared: tuple[str, ...]) -> Any:
+        if cotangent is not None:
+            return compat.on_first_device(cotangent, shared)
+        return compat.zeros(aval) if self.materialize and not compat.is_key(aval) else None
 
     def pull(self, residuals: Sequence[Any], cotangents: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
         """`grads` from and to the arrays that move: the transpose of `push`."""
@@ -87,15 +92,16 @@ class Record:
                 return list(jax.linear_transpose(pull, *likes)(list(tangents)))
         except Exception as error:
             raise TypeError(
-                f"{self.call.name} has no jvp rule, and forward mode cannot be derived from its backward: that is not linear in its gradient, or uses "
-                f"an operation that JAX cannot transpose. Write `jvp(ctx, *tangents)` as a static method. ({type(error).__name__}: {error})"
+                f"{self.call.name} has no jvp rule, and forward mode cannot be derived from its backward: that is not linear in its gradient, "
+                f"or uses an operation that JAX cannot transpose. Write `jvp(ctx, *tangents)` as a static method. ({type(error).__name__}: {error})"
             ) from error
 
     def _push_by_jvp(self, residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
         name = self.call.name
         ctx = self.context(residuals, in_jvp=True)
         given = iter(tangents)
-        by_array = [next(given) if m else (compat.zeros(a) if self.materialize else None) for m, a in zip(self.moving, self.avals, strict=True)]
+        absent = [compat.zeros(a) if self.materialize and jnp.issubdtype(a.dtype, np.inexact) else None for a in self.avals]
+        by_array = [next(given) if m else zero for m, zero in zip(self.moving, absent, strict=True)]
         by_argument = [jax.tree.map(lambda i: by_array[i] if isinstance(i, int) else None, a.tree) for a in self.call.arguments]
         with jax.named_scope(f"{name}.jvp"):
             outs = self.call.cls.jvp(ctx, *by_argument)
@@ -113,11 +119,10 @@ class Record:
             raise ValueError(f"{name}: forward returned {len(tops)} output(s), but {len(grad_outputs)} gradient(s) were given")
         flat: list[Any] = [None] * len(self.output_avals)
         for where, (tree, grad) in enumerate(zip(tops, grad_outputs, strict=True)):
-            places = jax.tree.leaves(tree)
-            leaves = [None] * len(places) if grad is None else jax.tree.leaves(grad, is_leaf=lambda x: x is None)
-            if len(leaves) != len(places):
+            leaves = _aligned(tree, grad)
+            if leaves is None:
                 raise ValueError(f"{name}: the gradient of output {where} must have its structure")
-            for i, leaf in zip(places, leaves, strict=True):
+            for i, leaf in zip(jax.tree.leaves(tree), leaves, strict=True):
                 if leaf is None or not self.differentiable[i]:
                     continue
                 leaf = jnp.asarray(leaf)
@@ -133,13 +138,12 @@ class Record:
 def _settle_tangents(name: str, tops: Sequence[Any], outs: Sequence[Any], avals: Sequence[Any], differentiable: Sequence[bool]) -> list[Any]:
     settled: list[Any] = [None] * len(avals)
     for where, (tree, tangent) in enumerate(zip(tops, outs, strict=True)):
-        places = jax.tree.leaves(tree)
-        leaves = [None] * len(places) if tangent is None else jax.tree.leaves(tangent, is_leaf=lambda x: x is None)
-        if len(leaves) != len(places):
+        leaves = _aligned(tree, tangent)
+        if leaves is None:
             raise ValueError(
                 f"{name}.jvp returned {jax.tree.structure(tangent)} as the tangent of output {where}: return the structure of that output"
             )
-        for i, leaf in zip(places, leaves, strict=True):
+        for i, leaf in zip(jax.tree.leaves(tree), leaves, strict=True):
             if leaf is None or not differentiable[i]:
                 continue
             leaf = jnp.asarray(leaf)
@@ -147,6 +151,20 @@ def _settle_tangents(name: str, tops: Sequence[Any], outs: Sequence[Any], avals:
                 raise ValueError(f"{name}.jvp returned a tangent of shape {leaf.shape} for output {where} of shape {avals[i].shape}")
             settled[i] = compat.match_placement(leaf.astype(avals[i].dtype), avals[i])
     return [compat.zeros(a) if t is None else t for t, a, d in zip(settled, avals, differentiable, strict=True) if d]
+
+
+def _aligned(tree: Any, given: Any) -> list[Any] | None:
+    """What `given` has at each leaf of `tree`, where None stands for any subtree; None if it has another structure."""
+    ours = compat.children(tree)
+    if given is None:
+        return [None] * len(jax.tree.leaves(tree))
+    theirs = compat.children(given)
+    if ours is None and theirs is None:
+        return [given]
+    if ours is None or theirs is None or len(ours[0]) != len(theirs[0]) or (isinstance(tree, dict) and ours[1] != theirs[1]):
+        return None
+    parts = [_aligned(t, g) for t, g in zip(ours[0], theirs[0], strict=True)]
+    return None if any(p is None for p in parts) else [leaf for p in parts for leaf in p]
 
 
 def _top_level(output: Template, arrays: Sequence[Any]) -> list[Any]:
@@ -161,6 +179,10 @@ def make_record(call: Call, arrays: Sequence[Any], moving: Sequence[bool]) -> tu
     engine = ctx._engine
     outputs: list[Any] = []
     output_template = take_apart(call.name, "an output", output, outputs)
+    if not all(any(m is x for x in jax.tree.leaves(output)) for m in engine.non_differentiable):
+        raise ValueError(
+            f"{call.name}: mark_non_differentiable was given an array that forward does not return: mark the very object that it returns"
+        )
     marked = [any(x is m for m in engine.non_differentiable) for x in outputs]
     residuals: list[Any] = []
     state = take_apart(call.name, "an attribute of ctx", state_of(ctx), residuals)
@@ -175,8 +197,25 @@ def make_record(call: Call, arrays: Sequence[Any], moving: Sequence[bool]) -> tu
         differentiable=tuple(jnp.issubdtype(a.dtype, np.inexact) and not m for a, m in zip(avals, marked, strict=True)),
         state=state,
         materialize=engine.materialize,
+        shared=_shared_axes(call, arrays, avals),
     )
     return record, outputs, residuals
+
+
+def _shared_axes(call: Call, arrays: Sequence[Any], output_avals: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
+    """For each output the mesh axes over which arrays of the call vary, but not those that it depends on."""
+    axes = [compat.varying_axes(jax.typeof(x)) for x in arrays]
+    missing = [frozenset().union(*axes) - compat.varying_axes(a) for a in output_avals]
+    if not any(missing):
+        return ((),) * len(output_avals)
+
+    def outputs(*arrays: Any) -> list[Any]:
+        found: list[Any] = []
+        take_apart(call.name, "an output", call.run(arrays, (False,) * len(arrays))[1], found)
+        return found
+
+    by_axis = {name: compat.depends_on(outputs, arrays, [name in a for a in axes]) for name in frozenset().union(*missing)}
+    return tuple(tuple(sorted(name for name in m if not by_axis[name][i])) for i, m in enumerate(missing))
 
 
 def _name_residuals(name: str, arrays: Sequence[Any], outputs: list[Any], residuals: list[Any]) -> None:

@@ -36,6 +36,7 @@ class TangentMap:
         out_avals: the types of the outputs.
         push: `(residuals, tangents) -> outs`.
         pull: `(residuals, cotangents, wanted) -> cotangents of the tangents`, None for zero on both sides.
+        once: whether to refuse the derivative with respect to residuals.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TangentMap:
     out_avals: tuple[Any, ...]
     push: Callable[[Arrays, Arrays], Arrays]
     pull: Callable[[Arrays, Arrays, tuple[bool, ...]], Arrays]
+    once: bool = False
 
     def __repr__(self) -> str:
         return self.name
@@ -73,6 +75,8 @@ def _jvp(primals: Arrays, dots: Arrays, *, map: TangentMap) -> tuple[list[Any], 
         filled = [compat.zeros(jax.typeof(t)) if d is None else d for t, d in zip(tangents, tangents_dot, strict=True)]
         terms.append(map(residuals, filled))
     moving = [i for i, d in enumerate(residuals_dot) if d is not None]
+    if moving and map.once:
+        refuse_second_derivative(map.name)
     if moving:
 
         def push(*moved: Any) -> list[Any]:
@@ -85,6 +89,11 @@ def _jvp(primals: Arrays, dots: Arrays, *, map: TangentMap) -> tuple[list[Any], 
     if not terms:
         return outs, [None] * len(outs)
     return outs, [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Raises what a second differentiation of a `once_differentiable` rule raises."""
+    raise RuntimeError(f"{name}: trying to differentiate twice a function that was marked with @once_differentiable")
 
 
 def _batch(axis: Any, operands: Arrays, dims: Sequence[int | None], *, map: TangentMap) -> tuple[list[Any], list[int | None]]:

@@ -1,0 +1,1 @@
+"""Dropout that remembers its key."""

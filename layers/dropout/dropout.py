@@ -1,0 +1,200 @@
+"""Dropout whose mask is computed again in backward.
+
+    y = m x / (1 - rate),   m = 1 with probability 1 - rate, else 0
+    dx = m dy / (1 - rate)
+
+Saved: the words of the key. The mask is a function of them and of each element's index, so backward computes it again.
+
+With `generator="hash"` the word for index i is two rounds of a 32-bit finaliser, with a word of the mixed key before each:
+
+    mix(mix(i + k0) ^ k1),   m = word < (1 - rate) 2³²
+
+which is elementwise, so that it is computed inside the loop that applies it. It is a hash for masks, not for cryptography.
+`generator="threefry"` draws the mask of `jax.random.bernoulli`, that of Flax for the same key.
+
+Reference: Srivastava et al., "Dropout", 2014; the finaliser is `lowbias32` of Wellons, "Prospecting for Hash Functions", 2018 (with the
+constants found later), of the form of MurmurHash3's; Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx import rnglib
+from flax.nnx.module import first_from
+from jax import lax
+from jaxtyping import Array, Float
+
+from layers.core.function import Function
+from layers.core.recompute import barrier
+
+GENERATORS = ("hash", "threefry")
+
+
+class DropoutFunction(Function):
+    @staticmethod
+    def forward(ctx, x, words, rate, broadcast_dims, generator):
+        ctx.save_for_backward(words)
+        ctx.rate, ctx.shape, ctx.generator = rate, tuple(1 if i in broadcast_dims else n for i, n in enumerate(x.shape)), generator
+        return _masked(x, keep_mask(words, 1 - rate, ctx.shape, generator), rate)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (words,), dy = barrier(ctx.saved_tensors, dy)
+        return _masked(dy, keep_mask(words, 1 - ctx.rate, ctx.shape, ctx.generator), ctx.rate), None, None, None, None
+
+    @staticmethod
+    def example(key, dtype):
+        return jax.random.normal(key, (3, 5, 4), dtype), jax.random.key_data(jax.random.key(0)), 0.4, (1,), "hash"
+
+
+def dropout(
+    x: Float[Array, "*shape"], key: Any, *, rate: float, broadcast_dims: Sequence[int] = (), generator: str = "hash"
+) -> Float[Array, "*shape"]:
+    """Sets elements to zero at random and scales the others so that the mean stays.
+
+    Args:
+        x: any array.
+        key: a key of `jax.random`, or an integer seed. The mask is a function of it and of the shape.
+        rate: the probability of zero, in [0, 1].
+        broadcast_dims: axes along which the mask is the same.
+        generator: "hash", a counter-based hash that is several times faster than JAX's default generator; or "threefry",
+            the mask of `jax.random.bernoulli(key, 1 - rate, shape)`, from the generator that `key` belongs to.
+
+    Returns:
+        An array of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: for a rate outside [0, 1], an axis that `x` does not have, an unknown generator, an array of keys.
+        TypeError: where `x` is not of a floating-point or complex dtype.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(f"dropout: x is of dtype {x.dtype}, but must be of a floating-point dtype: cast it, x.astype('float32')")
+    if not 0 <= rate <= 1:
+        raise ValueError(f"dropout: rate is {rate}, but a probability lies in [0, 1]")
+    if generator not in GENERATORS:
+        raise ValueError(f"dropout: generator is {generator!r}, but must be one of {', '.join(GENERATORS)}")
+    for d in broadcast_dims:
+        if not -x.ndim <= d < x.ndim:
+            raise ValueError(f"dropout: broadcast_dims contains {d}, but x has {x.ndim} axes (x: {x.shape})")
+    if rate == 0:
+        return x
+    if rate == 1:
+        return jnp.zeros_like(x)
+    key = _as_key(key)
+    generator = generator if generator == "hash" else str(jax.random.key_impl(key))
+    return DropoutFunction.apply(x, jax.random.key_data(key), float(rate), tuple(sorted(d % x.ndim for d in broadcast_dims)), generator)
+
+
+class Dropout(nnx.Dropout):
+    """`flax.nnx.Dropout`: the same arguments and random streams; backward keeps the key only.
+
+    Args:
+        generator: as in `dropout`; the masks are Flax's own with "threefry".
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        broadcast_dims: Sequence[int] = (),
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: rnglib.Rngs | rnglib.RngStream | None = None,
+        generator: str = "hash",
+    ):
+        super().__init__(rate, broadcast_dims=broadcast_dims, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs)
+        self.generator = generator
+
+    def __call__(self, inputs: Any, *, deterministic: bool | None = None, rngs: Any = None) -> jax.Array:
+        if first_from(
+            deterministic,
+            self.deterministic,
+            error_msg="Dropout: give `deterministic` to the constructor or to the call, or use `nnx.view(model, deterministic=...)`",
+        ):
+            return inputs
+        if self.rate in (0, 1):
+            return inputs if self.rate == 0 else jnp.zeros_like(inputs)
+        rngs = first_from(rngs, self.rngs, error_msg="Dropout: `deterministic` is False, so give `rngs` to the constructor or to the call")
+        return dropout(inputs, self._key(rngs), rate=self.rate, broadcast_dims=self.broadcast_dims, generator=self.generator)
+
+    def _key(self, rngs: Any) -> Any:
+        if isinstance(rngs, rnglib.Rngs):
+            return rngs[self.rng_collection]()
+        if isinstance(rngs, rnglib.RngStream):
+            return rngs()
+        if isinstance(rngs, jax.Array):
+            return rngs
+        raise TypeError(f"Dropout: rngs must be a Rngs, RngStream or jax.Array, but is a {type(rngs).__name__}")
+
+
+def keep_mask(words: jax.Array, keep: float, shape: tuple[int, ...], generator: str) -> jax.Array:
+    """True with probability `keep`, a function of the words of a key and the shape.
+
+    Args:
+        words: uint32 words.
+        keep: a number in (0, 1).
+        shape: that of the mask.
+        generator: "hash", or the implementation of `jax.random` that the words are a key of.
+    """
+    if generator != "hash":
+        return jax.random.bernoulli(jax.random.wrap_key_data(words, impl=generator), keep, shape)
+    return hash_bits(words, shape) < jnp.uint32(min(round(keep * 2**32), 2**32 - 1))
+
+
+def hash_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A uniform uint32 for each index, a function of the words of a key."""
+    k0, k1 = _mixed_key(words)
+    index, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        position = lax.broadcasted_iota(jnp.uint32, shape, axis)
+        if stride >= 2**32:
+            k1 = _mix(k1 + position * jnp.uint32(_ODD))
+        else:
+            index = index + position * jnp.uint32(stride)
+            if stride * shape[axis] > 2**32:
+                k1 = _mix(k1 + lax.div(position, jnp.uint32(2**32 // stride)) * jnp.uint32(_ODD))
+        stride *= max(shape[axis], 1)
+    return _mix(_mix(index + k0) ^ k1)
+
+
+_ODD = 0x9E3779B9
+
+
+def _mixed_key(words: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two words in which every bit of the key acts on every bit."""
+    k0, k1 = jnp.uint32(_ODD), jnp.uint32(0x85EBCA6B)
+    for i in range(math.prod(words.shape)):
+        w = words.reshape(-1)[i]
+        k0 = _mix(k0 ^ w) + k1
+        k1 = _mix(k1 + k0)
+    return k0, k1
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
+    return x ^ (x >> 15)
+
+
+def _masked(x: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
+    return jnp.where(mask, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def _as_key(key: Any) -> jax.Array:
+    if isinstance(key, int):
+        return jax.random.key(key)
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
+            return jax.random.key(key)
+        key = jax.random.wrap_key_data(key)
+    if key.ndim:
+        raise ValueError(f"dropout: key has shape {key.shape}, but must be one key: jax.vmap over an array of keys")
+    return key

@@ -1,0 +1,87 @@
+"""Rows of a table, by index.
+
+    y[i] = embedding[indices[i]]
+    dembedding[v] = Σ dy[i] over all i with indices[i] = v
+
+The sum is taken in float32 or wider, whatever the dtype of the table: a frequent index adds many small numbers.
+
+Saved: the indices. Of the table backward needs the shape only.
+
+Reference: Press and Wolf, "Using the Output Embedding to Improve Language Models", 2016, for `Embed.attend`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jaxtyping import Array, Float, Int
+
+from layers.core.function import Function
+from layers.core.numerics import wide
+
+
+class EmbedFunction(Function):
+    @staticmethod
+    def forward(ctx, indices, embedding, *, dtype=None):
+        ctx.save_for_backward(indices)
+        ctx.shape, ctx.dtype = embedding.shape, wide(embedding.dtype)
+        return jnp.take(embedding, indices, axis=0).astype(dtype or embedding.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (indices,) = ctx.saved_tensors
+        return None, jnp.zeros(ctx.shape, ctx.dtype).at[indices].add(dy.astype(ctx.dtype), mode="drop")
+
+    @staticmethod
+    def example(key, dtype):
+        return jnp.array([[0, 3, 3], [6, 0, -1]]), jax.random.normal(key, (7, 5), dtype)
+
+
+def embed(indices: Int[Array, "*batch"], embedding: Float[Array, "vocab features"]) -> Float[Array, "*batch features"]:
+    """Takes rows of a table.
+
+    An index from -vocab to -1 counts from the end; any other outside of the table gives a row of NaN and no gradient, as with `jax.numpy.take`.
+
+    Args:
+        indices: integers of any shape.
+        embedding: the table.
+
+    Returns:
+        The rows, of the dtype of the table.
+
+    Raises:
+        TypeError: where `indices` are not integers or the table is not of a floating-point dtype.
+        ValueError: where the table has not two axes.
+    """
+    indices, embedding = jnp.asarray(indices), jnp.asarray(embedding)
+    _check(indices, embedding)
+    return EmbedFunction.apply(indices, embedding)
+
+
+class Embed(nnx.Embed):
+    """`flax.nnx.Embed`: the same arguments, parameters and values, with `attend`; backward keeps the indices only."""
+
+    def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
+        if out_sharding is not None:
+            return super().__call__(inputs, out_sharding)
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError(f"Embed: the input must be integers, but is of dtype {inputs.dtype}")
+        table, dtype = self.embedding[...], self.dtype
+        if self.promote_dtype is not dtypes.promote_dtype:
+            (table,) = self.promote_dtype((table,), dtype=dtype, inexact=False)
+            dtype = table.dtype
+        indices = jnp.zeros_like(inputs) if self.num_embeddings == 1 else inputs
+        return EmbedFunction.apply(indices, table, dtype=dtype)
+
+
+def _check(indices: jax.Array, embedding: jax.Array) -> None:
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(f"embed: indices are of dtype {indices.dtype}, but must be integers: cast them, indices.astype('int32')")
+    if embedding.ndim != 2:
+        raise ValueError(f"embed: embedding has shape {embedding.shape}, but must have two axes, (vocab, features)")
+    if not jnp.issubdtype(embedding.dtype, jnp.inexact):
+        raise TypeError(f"embed: embedding is of dtype {embedding.dtype}, but must be of a floating-point dtype")

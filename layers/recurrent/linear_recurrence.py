@@ -1,0 +1,94 @@
+"""A linear recurrence with time-varying diagonal coefficients.
+
+Forward   h_t = a_t h_{t-1} + b_t,   h_0 = initial state
+Backward  l_t = dh_t + a_{t+1} l_{t+1},   db_t = l_t,   da_t = l_t h_{t-1},   d(initial) = a_1 l_1
+
+Each h_t reaches the loss directly and through h_{t+1} = a_{t+1} h_t + ..., which gives l_t, the gradient of h_t in all; b_t and a_t enter h_t with
+the factors 1 and h_{t-1}. It is the same recurrence, run backwards.
+
+Saved     a, h and the initial state: h is the output, so a alone is extra where it is no argument.
+
+Reference: Martin & Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", 2018, section 2.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Inexact
+
+from layers.core.function import Function
+
+
+def _run(a: jax.Array, b: jax.Array, start: jax.Array, *, reverse: bool = False) -> jax.Array:
+    """Every state; `a` and `b` have time first."""
+
+    def step(h: jax.Array, ab: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h = ab[0] * h + ab[1]
+        return h, h
+
+    return lax.scan(step, start, (a, b), reverse=reverse)[1]
+
+
+class LinearRecurrenceFunction(Function):
+    @staticmethod
+    def forward(ctx, a, b, initial):
+        h = _run(a, b, initial)
+        ctx.save_for_backward(a, h, initial)
+        return h
+
+    @staticmethod
+    def backward(ctx, dh):
+        a, h, initial = ctx.saved_tensors
+        following = jnp.concatenate([a[1:], jnp.zeros_like(a[:1])])
+        db = _run(following, dh, jnp.zeros_like(dh[0]), reverse=True)
+        before = jnp.concatenate([initial[None], h[:-1]])
+        return db * before, db, a[0] * db[0]
+
+    @staticmethod
+    def example(key, dtype):
+        a, b, initial = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 3), ((5, 3), (5, 3), (3,)), strict=True))
+        return 0.5 * a, b, initial
+
+
+def linear_recurrence(
+    a: Inexact[Array, "*shape"],
+    b: Inexact[Array, "*shape"],
+    initial: Inexact[Array, "..."] | None = None,
+    *,
+    axis: int = 0,
+    reverse: bool = False,
+) -> Inexact[Array, "*shape"]:
+    """Computes h_t = a_t h_{t-1} + b_t for every t along `axis`, elementwise in all other axes.
+
+    Args:
+        a: coefficients, real or complex.
+        b: inputs, of the same shape.
+        initial: the state before the first step, of that shape without `axis`; zeros by default.
+        axis: the time axis.
+        reverse: runs from the last step to the first.
+
+    Returns:
+        Every state, of the shape of `a` and the dtype that `a`, `b` and `initial` promote to.
+
+    Raises:
+        ValueError: where shapes differ or `axis` is not an axis.
+
+    Reference: Martin & Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", 2018.
+    """
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    if a.shape != b.shape:
+        raise ValueError(f"linear_recurrence: a has shape {a.shape}, but must have that of b, {b.shape}; broadcast it")
+    if not -a.ndim <= axis < a.ndim:
+        raise ValueError(f"linear_recurrence: axis is {axis}, but a has shape {a.shape}")
+    a, b = jnp.moveaxis(a, axis, 0), jnp.moveaxis(b, axis, 0)
+    if initial is not None and jnp.shape(initial) != a.shape[1:]:
+        raise ValueError(f"linear_recurrence: initial has shape {jnp.shape(initial)}, but must have shape {a.shape[1:]}, one step of a")
+    dtype = jnp.result_type(a, b, *(() if initial is None else (initial,)))
+    start = jnp.zeros_like(b[0] if len(b) else b, dtype, shape=a.shape[1:]) if initial is None else jnp.asarray(initial, dtype)
+    a, b = a.astype(dtype), b.astype(dtype)
+    if not a.shape[0]:
+        return jnp.moveaxis(b, 0, axis)
+    flip = (lambda x: jnp.flip(x, 0)) if reverse else (lambda x: x)
+    return jnp.moveaxis(flip(LinearRecurrenceFunction.apply(flip(a), flip(b), start)), 0, axis)
