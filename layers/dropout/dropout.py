@@ -99,6 +99,8 @@ class Dropout(nnx.Dropout):
         generator: as in `dropout`; the masks are Flax's own with "threefry".
     """
 
+    generator = "hash"
+
     def __init__(
         self,
         rate: float,

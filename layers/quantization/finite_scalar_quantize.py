@@ -59,9 +59,7 @@ class FiniteScalarQuantizeFunction(Function):
         return 2 * jax.random.normal(key, (4, 3), dtype), (8, 5, 3)
 
 
-def finite_scalar_quantize(
-    x: Float[Array, "*batch channels"], levels: Sequence[int]
-) -> tuple[Float[Array, "*batch channels"], Int[Array, "*batch"]]:
+def finite_scalar_quantize(x: Float[Array, "*batch channels"], levels: Sequence[int]) -> tuple[Float[Array, "*batch channels"], Int[Array, "*batch"]]:
     """Bounds each channel and rounds it to one of its levels, in [-1, 1]; the gradient goes straight through the rounding.
 
     Args:

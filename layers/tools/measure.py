@@ -35,21 +35,20 @@ def compile_program(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return jax.jit(fn).lower(*args).compile()
 
 
-def measure(programs: Mapping[str, Callable[..., Any]], args: Any, *, rounds: int) -> dict[str, Measured]:
+def measure(programs: Mapping[str, Callable[..., Any]], args: tuple[Any, ...], *, rounds: int) -> dict[str, Measured]:
     """Compiles each program and runs all of them in turn `rounds` times; `rounds=0` only compiles.
 
     Args:
         programs: by name.
-        args: the arguments of all of them, a tuple, or for each name its own.
+        args: the arguments of all of them.
         rounds: how often each is run, after one run that does not count.
     """
-    given: Mapping[str, Any] = args if isinstance(args, Mapping) else {name: args for name in programs}
-    compiled = {name: compile_program(fn, given[name]) for name, fn in programs.items()}
+    compiled = {name: compile_program(fn, args) for name, fn in programs.items()}
     times: dict[str, list[float]] = {name: [] for name in compiled}
     for turn in range(rounds + 1 if rounds else 0):
         for name, program in compiled.items():
             start = time.perf_counter()
-            jax.block_until_ready(program(*given[name]))
+            jax.block_until_ready(program(*args))
             if turn:
                 times[name].append(time.perf_counter() - start)
     return {name: _summary(times[name], program.memory_analysis().temp_size_in_bytes) for name, program in compiled.items()}

@@ -66,7 +66,10 @@ def test_saves_nothing_beyond_arguments_and_output():
 def test_takes_half_the_temporary_memory_of_scan():
     a, b = draw((4096, 256), jnp.float32)
     start = jnp.zeros(256)
-    both = [temp_bytes(jax.grad(lambda a, b, s, f=f: jnp.sum(f(a, b, s) ** 2), argnums=(0, 1)), a, b, start) for f in (layers.linear_recurrence, by_autodiff)]
+    both = [
+        temp_bytes(jax.grad(lambda a, b, s, f=f: jnp.sum(f(a, b, s) ** 2), argnums=(0, 1)), a, b, start)
+        for f in (layers.linear_recurrence, by_autodiff)
+    ]
     assert both[0] <= 0.8 * both[1], both
 
 

@@ -1,0 +1,92 @@
+"""Multi-head attention that never holds the matrix of weights.
+
+Projections, cache and options are those of `flax.nnx.MultiHeadAttention`; the attention between them is `dot_product_attention`, with its
+derivation and its saved arrays. Where the weights themselves are asked for (`sow_weights`), it is Flax's.
+
+Reference: Vaswani et al., "Attention Is All You Need", 2017.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+from layers.attention.dot_product_attention import dot_product_attention
+
+
+class MultiHeadAttention(nnx.MultiHeadAttention):
+    """`flax.nnx.MultiHeadAttention`: the same arguments, parameters, cache and values, in memory linear in the length.
+
+    Dropped weights are a hash of the key and their place: as many as Flax's, but not the same ones. A query whose mask hides every key
+    gives zeros. An `attention_fn` other than Flax's own is called as it is.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return attend if name == "attention_fn" and value is nnx.dot_product_attention else value
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Any = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: nnx.Module | None = None,
+    promote_dtype: Any = dtypes.promote_dtype,
+    is_causal: bool = False,
+    **others: Any,
+) -> jax.Array:
+    """`flax.nnx.dot_product_attention` by `layers.dot_product_attention`: an `attention_fn` for Flax's modules."""
+    if module is not None:
+        return nnx.dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            broadcast_dropout=broadcast_dropout,
+            dropout_rng=dropout_rng,
+            dropout_rate=dropout_rate,
+            deterministic=deterministic,
+            dtype=dtype,
+            precision=precision,
+            module=module,
+            promote_dtype=promote_dtype,
+            is_causal=is_causal,
+            **others,
+        )
+    query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    batch = query.shape[:-3]
+    drops = not deterministic and dropout_rate > 0
+    out = dot_product_attention(
+        *(_one_batch_axis(x, batch) for x in (query, key, value)),
+        bias=_one_batch_axis(bias, batch),
+        mask=None if mask is None else _one_batch_axis(mask, batch).astype(bool),
+        is_causal=is_causal,
+        dropout_rate=dropout_rate if drops else 0.0,
+        dropout_key=dropout_rng if drops else None,
+        broadcast_dropout=broadcast_dropout,
+    )
+    return out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _one_batch_axis(x: Any, batch: tuple[int, ...]) -> Any:
+    """`x` with its axes before the last three as one; those of a mask may be fewer or 1."""
+    if x is None or len(batch) < 2 or x.ndim < 4:
+        return x
+    lead = x.shape[:-3]
+    if math.prod(lead) == 1:
+        return x.reshape(1, *x.shape[-3:])
+    return jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(-1, *x.shape[-3:])

@@ -1,0 +1,98 @@
+"""Rotary position embedding: each pair of features is rotated by an angle in proportion to its position.
+
+    angle_i = position base^(-2 i / rotated),   y_a = x_a cos - x_b sin,   y_b = x_b cos + x_a sin
+
+for the pairs (a, b) = (i, i + rotated / 2), or (2 i, 2 i + 1) where interleaved. A rotation's transpose is the rotation back:
+
+    dx = y with dy for x and -angle for angle
+
+Saved: the positions. Cosines and sines are computed again.
+
+Reference: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from layers.core.function import Function
+from layers.core.numerics import wide
+from layers.core.recompute import barrier
+
+
+class RotaryEmbeddingFunction(Function):
+    @staticmethod
+    def forward(ctx, x, positions, base, rotated, interleaved):
+        ctx.save_for_backward(positions)
+        ctx.base, ctx.rotated, ctx.interleaved = base, rotated, interleaved
+        return _rotate(x, positions, base, rotated, interleaved, 1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (positions,), dy = barrier(ctx.saved_tensors, dy)
+        return _rotate(dy, positions, ctx.base, ctx.rotated, ctx.interleaved, -1), None, None, None, None
+
+    @staticmethod
+    def example(key, dtype):
+        return jax.random.normal(key, (2, 3, 2, 6), dtype), jnp.array([[0, 1, 5], [3, 0, 2]]), 100.0, 4, False
+
+
+def _rotate(x: jax.Array, positions: jax.Array, base: float, rotated: int, interleaved: bool, sign: int) -> jax.Array:
+    dtype = wide(x.dtype)
+    angle = positions[..., None, None].astype(dtype) * base ** (-jnp.arange(0, rotated, 2, dtype=dtype) / rotated)
+    cos, sin = jnp.cos(angle), jnp.sin(angle) * sign
+    axis = -1 if interleaved else -2
+    shape = (rotated // 2, 2) if interleaved else (2, rotated // 2)
+    pairs = x[..., :rotated].astype(dtype).reshape(*x.shape[:-1], *shape)
+    a, b = (jnp.take(pairs, i, axis) for i in (0, 1))
+    y = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis).reshape(*x.shape[:-1], rotated).astype(x.dtype)
+    return y if rotated == x.shape[-1] else jnp.concatenate([y, x[..., rotated:]], -1)
+
+
+def rotary_embedding(
+    x: Float[Array, "*batch time heads head_dim"],
+    positions: Int[Array, "*#batch time"] | None = None,
+    *,
+    base: float = 10_000.0,
+    rotated_features: int | None = None,
+    interleaved: bool = False,
+) -> Float[Array, "*batch time heads head_dim"]:
+    """Rotates pairs of features by an angle in proportion to the position.
+
+    Args:
+        x: queries or keys.
+        positions: of each step of time, for all batch elements or for each; None for 0, 1, ...; no gradient goes to them.
+        base: the longest period is 2 π base.
+        rotated_features: how many features are rotated, the first ones; None for all.
+        interleaved: whether pairs are neighbours, (0, 1), (2, 3), ...; else each half of the features is one side.
+
+    Returns:
+        An array of the shape and dtype of `x`; angles are of float32 or wider.
+
+    Raises:
+        ValueError: where `positions` does not fit `x`, or the number of rotated features is odd or too large.
+        TypeError: where `x` is not of a floating-point dtype.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"rotary_embedding: x is of dtype {x.dtype}, but must be of a floating-point dtype: cast it")
+    if x.ndim < 3:
+        raise ValueError(f"rotary_embedding: x has shape {x.shape}, but must be (*batch, time, heads, head_dim)")
+    rotated = x.shape[-1] if rotated_features is None else rotated_features
+    if rotated % 2 or not 0 <= rotated <= x.shape[-1]:
+        raise ValueError(f"rotary_embedding: {rotated} features are to be rotated, but it must be an even number up to {x.shape[-1]} (x: {x.shape})")
+    positions = _positions(positions, x)
+    return x if not rotated else RotaryEmbeddingFunction.apply(x, positions, float(base), rotated, interleaved)
+
+
+def _positions(positions: Any, x: jax.Array) -> jax.Array:
+    steps = x.shape[:-2]
+    positions = jnp.arange(steps[-1], dtype=jnp.int32) if positions is None else jax.lax.stop_gradient(jnp.asarray(positions))
+    full = (1,) * (len(steps) - positions.ndim) + positions.shape
+    if len(full) != len(steps) or full[-1] != steps[-1] or any(n not in (1, m) for n, m in zip(full, steps, strict=True)):
+        raise ValueError(f"rotary_embedding: positions have shape {positions.shape}, but must fit (*batch, time) = {steps} of x {x.shape}")
+    return positions

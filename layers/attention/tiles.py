@@ -1,0 +1,267 @@
+"""The score matrix of attention in tiles: which tiles there are, and what the scores of one are.
+
+A tile is the scores of a block of queries against a block of keys, for all heads at once. Which tiles a causal mask or a window leaves is
+known when the program is traced, so the loop runs over a list of those only. In the last block of a length that the block does not divide,
+rows that the block before it had too are hidden, so no array is ever padded. A tile has at most as many elements as one head of the
+queries (time × head_dim), so that it is no larger than they are at any length.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from layers.core import compat
+from layers.core.blocks import block_size
+from layers.core.numerics import wide
+
+LARGEST, SMALLEST = 512, 16
+
+
+class Hidden(NamedTuple):
+    """The arrays that decide which scores are left out, and which are dropped."""
+
+    mask: Any = None
+    query_lengths: Any = None
+    key_lengths: Any = None
+    query_segments: Any = None
+    key_segments: Any = None
+    words: Any = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is known when the program is traced.
+
+    Attributes:
+        scale: of the scores.
+        cap: a score s becomes cap tanh(s / cap); None for s.
+        low, high: bounds of the query's position less the key's; None for no bound.
+        rate: the probability that a weight is dropped.
+        shared_dropout: whether all heads and batch elements drop the same weights.
+        blocks: the sizes of the blocks of queries and keys; None to choose.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+    low: int | None = None
+    high: int | None = None
+    rate: float = 0.0
+    shared_dropout: bool = False
+    blocks: tuple[int, int] | None = None
+
+
+def choose_blocks(queries: int, keys: int, head_dim: int) -> tuple[int, int]:
+    """The sizes of the blocks of queries and of keys."""
+    rows, columns = min(queries, LARGEST), min(keys, LARGEST)
+    while rows * columns > max(queries, keys) * head_dim and max(rows, columns) > SMALLEST:
+        rows, columns = (-(-rows // 2), columns) if rows >= columns else (rows, -(-columns // 2))
+    return block_size(queries, rows), block_size(keys, columns)
+
+
+def list_tiles(lengths: tuple[int, int], blocks: tuple[int, int], low: int | None, high: int | None) -> np.ndarray:
+    """The tiles in which a score is left by the bounds: rows of (block of queries, block of keys)."""
+    if 0 in lengths:
+        return np.zeros((0, 2), np.int32)
+    (q0, q1), (k0, k1) = (_first_and_last(n, b) for n, b in zip(lengths, blocks, strict=True))
+    kept = np.ones((len(q0), len(k0)), bool)
+    if low is not None:
+        kept &= q1[:, None] - k0 >= low
+    if high is not None:
+        kept &= q0[:, None] - k1 <= high
+    return np.argwhere(kept).astype(np.int32)
+
+
+def _first_and_last(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    first = np.arange(0, length, block)
+    return first, np.minimum(first + block, length) - 1
+
+
+class Tile:
+    """One tile: takes its part of arrays, adds to it, and computes its scores."""
+
+    def __init__(self, grid: Grid, index: Any):
+        self.grid, self.index = grid, index
+        self.start = [jnp.minimum(index[i] * grid.blocks[i], grid.lengths[i] - grid.blocks[i]) for i in (0, 1)]
+
+    def position(self, side: int) -> jax.Array:
+        return self.start[side] + jnp.arange(self.grid.blocks[side], dtype=jnp.int32)
+
+    def take(self, x: jax.Array, side: int, axis: int = 1) -> jax.Array:
+        """The rows of `x` in this tile's block of queries (side 0) or keys (side 1); all of it where that axis is shared."""
+        if x.shape[axis] == 1:
+            return x
+        narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+        return (_slice_bits if narrow else lax.dynamic_slice_in_dim)(x, self.start[side], self.grid.blocks[side], axis)
+
+    def put(self, x: jax.Array, part: jax.Array, side: int) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), self.start[side], 1)
+
+    def add(self, x: jax.Array, part: jax.Array, side: int) -> jax.Array:
+        return self.put(x, self.take(x, side) + part, side)
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """(batch, time, heads, ...) in this tile as (batch, kv heads, group, rows, ...)."""
+        return group_heads(self.take(x, 0), self.grid.kv_heads)
+
+    def keys(self, x: jax.Array) -> jax.Array:
+        return self.take(x, 1)
+
+    def plane(self, x: jax.Array) -> jax.Array:
+        """A bias or mask (batch, heads, time, time), any of them 1, in this tile as (batch, kv heads, group, rows, columns)."""
+        x = self.take(self.take(x, 0, 2), 1, 3)
+        return x.reshape(x.shape[0], *split_heads(x.shape[1], self.grid.kv_heads), *x.shape[2:])
+
+    def add_to_plane(self, x: jax.Array, part: jax.Array) -> jax.Array:
+        """Adds to `x`, which is like a bias, what this tile has for it, summed over the axes that it shares."""
+        kv, group = split_heads(x.shape[1], self.grid.kv_heads)
+        shared = (x.shape[0], kv, group, *(1 if n == 1 else m for n, m in zip(x.shape[2:], part.shape[3:], strict=True)))
+        axes = tuple(i for i, (n, m) in enumerate(zip(shared, part.shape, strict=True)) if n == 1 and m != 1)
+        part = part.sum(axes, keepdims=True).reshape(x.shape[:2] + shared[3:])
+        start = (0, 0, *(0 if n == 1 else s for n, s in zip(x.shape[2:], self.start, strict=True)))
+        start = tuple(jnp.asarray(s, jnp.int32) for s in start)
+        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, start, part.shape) + part, start)
+
+    def visible(self) -> jax.Array | None:
+        """True where a score counts, broadcastable to (batch, kv heads, group, rows, columns); None for everywhere."""
+        grid, hidden, (rows, columns) = self.grid, self.grid.hidden, (self.position(0)[:, None], self.position(1))
+        options, found = grid.options, []
+        if grid.lengths[0] % grid.blocks[0]:
+            found.append(rows >= self.index[0] * grid.blocks[0])
+        if grid.lengths[1] % grid.blocks[1]:
+            found.append(columns >= self.index[1] * grid.blocks[1])
+        if options.low is not None:
+            found.append(rows - columns >= options.low)
+        if options.high is not None:
+            found.append(rows - columns <= options.high)
+        if hidden.query_lengths is not None:
+            found.append(rows < hidden.query_lengths[:, None, None, None, None])
+        if hidden.key_lengths is not None:
+            found.append(columns < hidden.key_lengths[:, None, None, None, None])
+        if hidden.query_segments is not None:
+            of_rows, of_columns = self.take(hidden.query_segments, 0), self.take(hidden.key_segments, 1)
+            found.append(of_rows[:, None, None, :, None] == of_columns[:, None, None, None, :])
+        if hidden.mask is not None:
+            found.append(self.plane(hidden.mask))
+        return _all(found)
+
+    def product(self, q: jax.Array, k: jax.Array) -> jax.Array:
+        """Scaled products of queries and keys."""
+        return dot("bkgqh,bskh->bkgqs", q, k) * self.grid.options.scale
+
+    def scores(self, q: jax.Array, k: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | float]:
+        """The scores, -inf where hidden, and their derivative by the scaled products."""
+        s, slope, cap = self.product(q, k), 1.0, self.grid.options.cap
+        if cap is not None:
+            t = jnp.tanh(s / cap)
+            s, slope = cap * t, 1 - t * t
+        if bias is not None:
+            s = s + self.plane(bias).astype(s.dtype)
+        s = jnp.minimum(s, jnp.finfo(s.dtype).max / 2)
+        visible = self.visible()
+        return (s if visible is None else jnp.where(visible, s, -jnp.inf)), slope
+
+    def multiplier(self, dtype: Any) -> jax.Array | None:
+        """What dropout multiplies the weights by, 0 or 1 / (1 - rate): a hash of batch element, head and positions."""
+        grid, rate = self.grid, self.grid.options.rate
+        if not rate:
+            return None
+        first, second = grid.hidden.words[0], grid.hidden.words[-1]
+        planes = (1, 1, 1) if grid.options.shared_dropout else grid.planes
+        plane = jnp.arange(np.prod(planes), dtype=jnp.uint32).reshape(*planes, 1, 1)
+        of_rows = mix(mix(plane ^ first) + self.position(0)[:, None].astype(jnp.uint32))
+        of_columns = mix(self.position(1).astype(jnp.uint32) ^ mix(second + jnp.uint32(0x9E3779B9)))
+        kept = mix(of_rows ^ of_columns) < jnp.uint32(min(round((1 - rate) * 2**32), 2**32 - 1))
+        return kept.astype(dtype) / (1 - rate)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All tiles of one call of attention.
+
+    Attributes:
+        lengths, blocks: of the queries and of the keys.
+        planes: batch, kv heads, query heads to a kv head.
+        hidden, options: what is left out.
+    """
+
+    lengths: tuple[int, int]
+    blocks: tuple[int, int]
+    planes: tuple[int, int, int]
+    hidden: Hidden
+    options: Options
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, hidden: Hidden, options: Options) -> Grid:
+        lengths = q.shape[1], k.shape[1]
+        blocks = options.blocks or choose_blocks(*lengths, q.shape[3])
+        return cls(lengths, blocks, (q.shape[0], *split_heads(q.shape[2], k.shape[2])), hidden, options)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.planes[1]
+
+    def fold(self, body: Callable[[Any, Tile], Any], carry: Any) -> Any:
+        """`body(carry, tile)` over all tiles. Differentiated once more, it computes each tile's scores again."""
+        tiles = list_tiles(self.lengths, self.blocks, self.options.low, self.options.high)
+        if not len(tiles):
+            return carry
+        step = jax.checkpoint(lambda carry, index: body(carry, Tile(self, index)), prevent_cse=False)
+        if any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, jax.eval_shape(step, carry, tiles[0])))):
+            carry = compat.vary_like(carry, lambda c: step(c, tiles[0]))
+        return lax.scan(lambda c, index: (step(c, index), None), carry, jnp.asarray(tiles))[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _slice_bits(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+    """`lax.dynamic_slice_in_dim` of 16-bit floats by their bits: XLA's CPU compiler would slice a float32 copy of all of `x`."""
+    return lax.bitcast_convert_type(lax.dynamic_slice_in_dim(lax.bitcast_convert_type(x, jnp.uint16), start, size, axis), x.dtype)
+
+
+@_slice_bits.defjvp
+def _slice_bits_jvp(size: int, axis: int, primals: Any, tangents: Any) -> Any:
+    return _slice_bits(*primals, size, axis), lax.dynamic_slice_in_dim(tangents[0], primals[1], size, axis)
+
+
+def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """A product of matrices that adds up in float32 or wider."""
+    dtype = jnp.promote_types(x.dtype, y.dtype)
+    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=wide(dtype))
+
+
+def split_heads(heads: int, kv_heads: int) -> tuple[int, int]:
+    """kv heads and query heads to each; 1 and 1 where they are shared."""
+    return (kv_heads, heads // kv_heads) if heads != 1 else (1, 1)
+
+
+def group_heads(x: jax.Array, kv_heads: int) -> jax.Array:
+    """(batch, time, heads, ...) to (batch, kv heads, group, time, ...)."""
+    x = x.reshape(*x.shape[:2], *split_heads(x.shape[2], kv_heads), *x.shape[3:])
+    return jnp.moveaxis(x, 1, 3)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """(batch, kv heads, group, time, ...) to (batch, time, heads, ...)."""
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
+
+
+def mix(x: jax.Array) -> jax.Array:
+    """A bijection of 32-bit words in which every bit of the result depends on every bit of `x` (Wellons' `lowbias32`)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
+    return x ^ (x >> 15)
+
+
+def _all(found: list[jax.Array]) -> jax.Array | None:
+    visible = None
+    for one in found:
+        visible = one if visible is None else visible & one
+    return visible

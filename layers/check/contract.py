@@ -1,0 +1,283 @@
+"""The contract that every layer of the catalogue passes, and that a `Function` of one's own can be held to in one line."""
+
+from __future__ import annotations
+
+import html
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.check.gradcheck import gradcheck
+from layers.core.function import Function
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clause: "passed", "failed" or "skipped", and the figure or the reason."""
+
+    clause: str
+    outcome: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found; prints as a table, shows as HTML in a notebook."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(r.outcome != "failed" for r in self.rows)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def raise_if_failed(self) -> None:
+        """Raises AssertionError with the clauses that failed."""
+        failed = [f"{r.clause}: {r.detail}" for r in self.rows if r.outcome == "failed"]
+        if failed:
+            raise AssertionError(f"{self.name} breaks its contract:\n" + "\n".join(failed))
+
+    def __str__(self) -> str:
+        width = max(len(r.clause) for r in self.rows)
+        lines = [f"{self.name}: {'passed' if self.passed else 'FAILED'}"]
+        return "\n".join(lines + [f"  {r.clause:{width}}  {r.outcome:7}  {r.detail.splitlines()[0] if r.detail else ''}".rstrip() for r in self.rows])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td>{html.escape(r.clause)}</td><td>{r.outcome}</td><td><pre>{html.escape(r.detail)}</pre></td></tr>" for r in self.rows
+        )
+        return f"<p><b>{html.escape(self.name)}</b>: {'passed' if self.passed else 'FAILED'}</p><table>{cells}</table>"
+
+
+class _Skip(Exception):
+    """A clause that does not apply."""
+
+
+class _Subject:
+    """A layer as a function of its floating-point arrays, a loss of it, and the gradient of that."""
+
+    def __init__(self, fn: Any, args: tuple[Any, ...]):
+        self.cls = fn if isinstance(fn, type) and issubclass(fn, Function) else None
+        self.fn: Callable[..., Any] = fn if self.cls is None else self.cls.apply
+        self.args = args
+        leaves, tree = jax.tree.flatten(args)
+        self.places = [i for i, x in enumerate(leaves) if _is_inexact(x)]
+        self.moving = [jnp.asarray(leaves[i]) for i in self.places]
+
+        def call(fn: Callable[..., Any], *moved: Any) -> list[Any]:
+            now = list(leaves)
+            for i, x in zip(self.places, moved, strict=True):
+                now[i] = x
+            return [y for y in jax.tree.leaves(fn(*tree.unflatten(now))) if _is_inexact(y)]
+
+        self.call = call
+
+    def outputs(self, *moved: Any) -> list[Any]:
+        return self.call(self.fn, *moved)
+
+    def loss(self, *moved: Any) -> Any:
+        return sum((jnp.sum(jnp.real(y * _weights(y))) for y in self.outputs(*moved)), jnp.zeros(()))
+
+    def gradient(self, *moved: Any) -> tuple[Any, ...]:
+        return jax.grad(self.loss, tuple(range(len(moved))))(*moved)
+
+
+def check(fn: Any, *args: Any) -> Report:
+    """Holds a layer to the contract: right gradient, every transformation, dtypes, sharding, no leak, memory.
+
+    Args:
+        fn: a `Function` class, or any JAX function.
+        *args: its arguments; for a class that has an `example`, none are needed. Small arrays: whole Jacobians are computed.
+
+    Returns:
+        A report with a row for each clause; `report.passed`, `report.raise_if_failed()`.
+
+    Raises:
+        TypeError: where arguments are missing, or none of them is a floating-point array.
+    """
+    name = getattr(fn, "__name__", type(fn).__name__)
+    if not args:
+        if not hasattr(fn, "example"):
+            raise TypeError(f"check: {name} has no `example`, so give its arguments: check({name}, *args)")
+        args = fn.example(jax.random.key(0), jnp.float32)
+    subject = _Subject(fn, args)
+    if not subject.moving:
+        raise TypeError(f"check: no argument of {name} is a floating-point array")
+    return Report(name, tuple(_run(title, clause, subject) for title, clause in _CLAUSES.items()))
+
+
+def _run(title: str, clause: Callable[[_Subject], str | None], subject: _Subject) -> Row:
+    try:
+        return Row(title, "passed", clause(subject) or "")
+    except _Skip as reason:
+        return Row(title, "skipped", str(reason))
+    except Exception as error:
+        return Row(title, "failed", f"{type(error).__name__}: {error}")
+
+
+def _is_inexact(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic)) and jnp.issubdtype(x.dtype, np.inexact)
+
+
+def _weights(y: Any) -> Any:
+    return jnp.cos(jnp.arange(np.size(y), dtype=jnp.float32)).reshape(np.shape(y)).astype(y.dtype)
+
+
+def _same(actual: Sequence[Any], expected: Sequence[Any], *, tolerance: float = 2e-4) -> None:
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        a, e = np.asarray(a), np.asarray(e)
+        scale = max(1.0, float(np.max(np.abs(e), initial=0)))
+        assert a.shape == e.shape, f"array {i} has shape {a.shape}, not {e.shape}"
+        worst = float(np.max(np.abs(a - e), initial=0))
+        assert worst <= tolerance * scale, f"array {i} differs by {worst:.3g}"
+
+
+def _gradient_is_right(s: _Subject) -> str:
+    surrogate = getattr(s.cls, "surrogate", None)
+    if surrogate is None:
+        with jax.enable_x64(True):
+            widened = [jnp.asarray(x, jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64) for x in s.moving]
+            gradcheck(s.outputs, tuple(widened))
+        return "as finite differences"
+    outputs, pull = jax.vjp(s.outputs, *s.moving)
+    expected = jax.vjp(lambda *x: s.call(surrogate, *x), *s.moving)[1]([_weights(y) for y in outputs])
+    _same(pull([_weights(y) for y in outputs]), expected)
+    return "that of its surrogate"
+
+
+def _linear(s: _Subject) -> None:
+    outputs, pull = jax.vjp(s.outputs, *s.moving)
+    once, other = (pull([factor * _weights(y) for y in outputs]) for factor in (1, -2))
+    _same(other, [-2 * g for g in once])
+
+
+def _jit(s: _Subject) -> None:
+    expected = s.gradient(*s.moving)
+    _same(jax.jit(s.gradient)(*s.moving), expected)
+    _same(jax.grad(jax.jit(s.loss), tuple(range(len(s.moving))))(*s.moving), expected)
+
+
+def _remat(s: _Subject) -> None:
+    for policy in (None, jax.checkpoint_policies.dots_saveable):
+        again = jax.grad(jax.checkpoint(s.loss, policy=policy), tuple(range(len(s.moving))))
+        _same(jax.jit(again)(*s.moving), s.gradient(*s.moving))
+
+
+def _scan(s: _Subject) -> None:
+    def twice(*moved: Any) -> Any:
+        return jax.lax.scan(lambda total, _: (total + s.loss(*moved), None), jnp.zeros(()), None, length=2)[0]
+
+    _same(jax.jit(jax.grad(twice, tuple(range(len(s.moving)))))(*s.moving), [2 * g for g in s.gradient(*s.moving)])
+
+
+def _vmap(s: _Subject) -> None:
+    batch = [jnp.stack([x, 0.5 * x]) for x in s.moving]
+    expected = [jnp.stack(pair) for pair in zip(s.gradient(*s.moving), s.gradient(*[0.5 * x for x in s.moving]), strict=True)]
+    _same(jax.jit(jax.vmap(s.gradient))(*batch), expected)
+    first = [batch[0], *s.moving[1:]]
+    axes = (0, *[None] * (len(first) - 1))
+    whole = jax.grad(lambda *x: jax.vmap(s.loss, axes)(*x).sum(), tuple(range(len(first))))
+    one, two = s.gradient(*s.moving), s.gradient(0.5 * s.moving[0], *s.moving[1:])
+    _same(jax.jit(whole)(*first), [jnp.stack([one[0], two[0]]), *[a + b for a, b in zip(one[1:], two[1:], strict=True)]])
+
+
+def _forward_mode(s: _Subject) -> None:
+    if s.cls is not None and s.cls._has_jvp() and hasattr(s.cls, "surrogate"):
+        raise _Skip("its tangent is by design not its gradient")
+    tangents = [jnp.cos(3 * x) for x in s.moving]
+    slope = jax.jvp(s.loss, s.moving, tangents)[1]
+    inner = sum(jnp.sum(jnp.real(g * t)) for g, t in zip(s.gradient(*s.moving), tangents, strict=True))
+    _same([slope], [inner], tolerance=2e-3)
+
+
+def _partial(s: _Subject) -> None:
+    whole = s.gradient(*s.moving)
+    for i, expected in enumerate(whole):
+        _same([jax.jit(jax.grad(s.loss, i))(*s.moving)], [expected])
+
+
+def _dtypes(s: _Subject) -> str:
+    for dtype in (jnp.bfloat16, jnp.float16):
+        moved = [x if jnp.iscomplexobj(x) else x.astype(dtype) for x in s.moving]
+        for x, g in zip(moved, s.gradient(*moved), strict=True):
+            assert g.dtype == x.dtype, f"an argument of {x.dtype} gets a gradient of {g.dtype}"
+            assert np.isfinite(np.asarray(g, np.complex64)).all(), f"the gradient in {dtype.__name__} is not finite"
+    return "bfloat16, float16"
+
+
+def _sharding(s: _Subject) -> str:
+    devices = jax.devices()
+    if len(devices) < 2:
+        raise _Skip("one device")
+    mesh = jax.sharding.Mesh(np.array(devices[:2]), ("d",))
+    spec = jax.sharding.PartitionSpec("d")
+    batch = [jnp.stack([x, 0.5 * x]) for x in s.moving]
+    expected = jax.vmap(s.gradient)(*batch)
+    placed = [jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)) for x in batch]
+    _same(jax.jit(jax.vmap(s.gradient))(*placed), expected)
+
+    def on_each(*moved: Any) -> Any:
+        return [g[None] for g in s.gradient(*[x[0] for x in moved])]
+
+    mapped = jax.shard_map(on_each, mesh=mesh, in_specs=spec, out_specs=spec)
+    _same(jax.jit(mapped)(*placed), expected)
+
+    replicated = jax.sharding.PartitionSpec()
+    shared = jax.shard_map(
+        lambda scale, *moved: scale * s.loss(*moved)[None], mesh=mesh, in_specs=(spec, *[replicated] * len(s.moving)), out_specs=spec
+    )
+    total = jax.grad(lambda *x: shared(jnp.array([1.0, 2.0]), *x).sum(), tuple(range(len(s.moving))))
+    _same(jax.jit(total)(*s.moving), [3 * g for g in s.gradient(*s.moving)])
+    return "jit, shard_map"
+
+
+def _no_leak(s: _Subject) -> None:
+    with jax.checking_leaks():
+        jax.jit(s.gradient)(*s.moving)
+
+
+def _memory(s: _Subject) -> str:
+    kept = jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(s.outputs, *x)[1], *s.moving))
+    total = sum(x.size * x.dtype.itemsize for x in kept)
+    return f"{total} bytes for arguments of {sum(x.nbytes for x in s.moving)}"
+
+
+_CLAUSES: dict[str, Callable[[_Subject], str | None]] = {
+    "gradient": _gradient_is_right,
+    "linear in the gradient": _linear,
+    "jit": _jit,
+    "vmap": _vmap,
+    "scan": _scan,
+    "remat": _remat,
+    "forward mode": _forward_mode,
+    "each argument alone": _partial,
+    "dtypes": _dtypes,
+    "sharding": _sharding,
+    "no leak": _no_leak,
+    "memory kept": _memory,
+}
+
+
+def catalogue() -> list[type[Function]]:
+    """Every `Function` of the library that has an `example`, by name."""
+    import layers
+
+    found = {}
+    for module in pkgutil.walk_packages(layers.__path__, "layers."):
+        if module.name.split(".")[1] in ("core", "check", "tools", "linen", "swap", "__main__"):
+            continue
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, type) and issubclass(value, Function) and "example" in vars(value):
+                found[value.__name__] = value
+    return [found[name] for name in sorted(found)]

@@ -1,0 +1,41 @@
+"""Every nnx module of the library as a Flax Linen module, derived: `layers.linen.Linear(3, 4)` takes what `layers.Linear(3, 4)` takes, without `rngs`.
+
+Parameters have the same names and lie in Linen's collections (`params`, `batch_stats`, ...); random streams are Linen's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen, nnx
+
+from layers.attention.multi_head_attention import MultiHeadAttention as _MultiHeadAttention
+from layers.dropout.dropout import Dropout as _Dropout
+from layers.embeddings.embed import Embed as _Embed
+from layers.linear.linear import Linear as _Linear
+from layers.norms.batch_norm import BatchNorm as _BatchNorm
+from layers.norms.group_norm import GroupNorm as _GroupNorm
+from layers.norms.layer_norm import LayerNorm as _LayerNorm
+from layers.norms.rms_norm import RMSNorm as _RMSNorm
+
+
+def derive(module: type[nnx.Module]) -> Callable[..., linen.Module]:
+    """A maker of Linen modules that takes the arguments of the nnx `module`, but for `rngs`, and Linen's `name`."""
+
+    @functools.wraps(module)
+    def make(*args: Any, name: str | None = None, **kwargs: Any) -> linen.Module:
+        return nnx.bridge.to_linen(module, *args, name=name, **kwargs)
+
+    return make
+
+
+BatchNorm = derive(_BatchNorm)
+Dropout = derive(_Dropout)
+Embed = derive(_Embed)
+GroupNorm = derive(_GroupNorm)
+LayerNorm = derive(_LayerNorm)
+Linear = derive(_Linear)
+MultiHeadAttention = derive(_MultiHeadAttention)
+RMSNorm = derive(_RMSNorm)

@@ -1,0 +1,166 @@
+"""Puts the layers of this library into an existing Flax nnx model, in place of Flax's own.
+
+A twin takes over everything that the Flax layer holds, its parameters, states and rngs as the very same objects, and only
+computes differently. So optimisers, checkpoints and shared parameters go on as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flax import nnx
+
+from layers.attention.multi_head_attention import MultiHeadAttention
+from layers.dropout.dropout import Dropout
+from layers.embeddings.embed import Embed
+from layers.linear.linear import Linear
+from layers.norms.batch_norm import BatchNorm
+from layers.norms.group_norm import GroupNorm
+from layers.norms.layer_norm import LayerNorm
+from layers.norms.rms_norm import RMSNorm
+
+TWINS: dict[type[nnx.Module], type[nnx.Module]] = {
+    nnx.BatchNorm: BatchNorm,
+    nnx.Dropout: Dropout,
+    nnx.Embed: Embed,
+    nnx.GroupNorm: GroupNorm,
+    nnx.LayerNorm: LayerNorm,
+    nnx.Linear: Linear,
+    nnx.MultiHeadAttention: MultiHeadAttention,
+    nnx.RMSNorm: RMSNorm,
+}
+"""The layers of Flax that have a twin: a subclass, which computes differently and holds the same."""
+
+Choice = Iterable[type] | Callable[[str, nnx.Module], bool] | None
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """One layer that was looked at: its path, its class, and either the twin that it became or why it was left."""
+
+    path: str
+    layer: str
+    twin: str = ""
+    left_because: str = ""
+
+
+@dataclass
+class SwapReport:
+    """What `swap` did.
+
+    Attributes:
+        model: the root of the model; another object than was given only where the root is itself such a layer.
+        rows: one entry for each layer of Flax in the model.
+    """
+
+    model: Any
+    rows: list[Swapped] = field(default_factory=list)
+
+    @property
+    def swapped(self) -> list[Swapped]:
+        return [r for r in self.rows if r.twin]
+
+    @property
+    def left(self) -> list[Swapped]:
+        return [r for r in self.rows if not r.twin]
+
+    def __str__(self) -> str:
+        lines = [f"swapped {len(self.swapped)} of {len(self.rows)} Flax layers"]
+        lines += [f"  {r.path or '(root)'}: {r.layer} -> {r.twin or f'left, {r.left_because}'}" for r in self.rows]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def swap(model: Any, *, only: Choice = None, skip: Choice = None) -> SwapReport:
+    """Replaces every Flax layer of `model` that has a twin here, in place; parameters, rngs and dtypes are shared, not copied.
+
+    Args:
+        model: an nnx module.
+        only: classes of Flax layers, or `(path, layer) -> bool`: nothing else is replaced.
+        skip: the same, for what is to be left.
+
+    Returns:
+        A report of what was swapped and what was left and why; its `.model` is the root.
+
+    Raises:
+        TypeError: where `model` is no nnx module.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"swap: model is a {type(model).__name__}, but must be an nnx module (for Linen, use the classes of layers.linen)")
+    report = SwapReport(model)
+    report.model = _replace(model, "", _Chooser(only, skip), report.rows, {})
+    return report
+
+
+@dataclass(frozen=True)
+class _Chooser:
+    only: Choice
+    skip: Choice
+
+    def reason_to_leave(self, path: str, layer: nnx.Module) -> str:
+        if type(layer) not in TWINS:
+            return f"no twin for {type(layer).__name__}"
+        if self.only is not None and not _matches(self.only, path, layer):
+            return "not among `only`"
+        if self.skip is not None and _matches(self.skip, path, layer):
+            return "among `skip`"
+        return getattr(TWINS[type(layer)], "swap_obstacle", lambda _: "")(layer)
+
+
+def _matches(choice: Any, path: str, layer: nnx.Module) -> bool:
+    if callable(choice) and not isinstance(choice, type):
+        return bool(choice(path, layer))
+    return isinstance(layer, tuple(choice) if isinstance(choice, Iterable) else choice)
+
+
+def _replace(value: Any, path: str, chooser: _Chooser, rows: list[Swapped], seen: dict[int, Any]) -> Any:
+    """`value` with the layers in it replaced; an object met twice is replaced by one object."""
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, (list, nnx.List)):
+        seen[id(value)] = value
+        for i, x in enumerate(value):
+            if (new := _replace(x, _join(path, i), chooser, rows, seen)) is not x:
+                value[i] = new
+    elif isinstance(value, dict):
+        seen[id(value)] = value
+        for key, x in value.items():
+            value[key] = _replace(x, _join(path, key), chooser, rows, seen)
+    elif isinstance(value, tuple):
+        new = [_replace(x, _join(path, i), chooser, rows, seen) for i, x in enumerate(value)]
+        changed = any(a is not b for a, b in zip(new, value, strict=True))
+        return (type(value)(*new) if hasattr(value, "_fields") else tuple(new)) if changed else value
+    elif isinstance(value, nnx.Module):
+        return _replace_module(value, path, chooser, rows, seen)
+    return value
+
+
+def _replace_module(module: nnx.Module, path: str, chooser: _Chooser, rows: list[Swapped], seen: dict[int, Any]) -> nnx.Module:
+    seen[id(module)] = module
+    reason = chooser.reason_to_leave(path, module)
+    if not reason:
+        twin = TWINS[type(module)]
+        rows.append(Swapped(path, type(module).__name__, f"layers.{twin.__name__}"))
+        seen[id(module)] = make_twin(module)
+    elif type(module).__module__.startswith("flax."):
+        rows.append(Swapped(path, type(module).__name__, left_because=reason))
+    new = seen[id(module)]
+    for name, x in list(vars(new).items()):
+        if not name.startswith("_pytree__") and (replaced := _replace(x, _join(path, name), chooser, rows, seen)) is not x:
+            setattr(new, name, replaced)
+    return new
+
+
+def make_twin(module: nnx.Module) -> nnx.Module:
+    """The twin of a Flax layer, holding all that it holds."""
+    twin = object.__new__(TWINS[type(module)])
+    for name, value in vars(module).items():
+        object.__setattr__(twin, name, value)
+    return twin
+
+
+def _join(path: str, name: Any) -> str:
+    return f"{path}.{name}" if path else str(name)

@@ -1,0 +1,134 @@
+"""What `train` can train: data that is on the machine, a model, its loss and its measure of success."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import layers
+
+MODULES: dict[str, ModuleType] = {"ours": layers, "flax": nnx}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to train.
+
+    Attributes:
+        model: makes the model from random streams.
+        draw: `(key, batch size) -> batch` of training data.
+        loss: `(model, batch) -> scalar`.
+        validate: `model -> metrics` by name, on data that is never drawn.
+        unit: what throughput counts, and `per_example` how many of it an example has.
+        steps, batch_size: defaults.
+    """
+
+    model: Callable[[nnx.Rngs], Any]
+    draw: Callable[[jax.Array, int], Any]
+    loss: Callable[[Any, Any], jax.Array]
+    validate: Callable[[Any], dict[str, float]]
+    unit: str
+    per_example: int
+    steps: int
+    batch_size: int
+
+
+class MLP(nnx.Module):
+    """64 pixels to 10 classes."""
+
+    def __init__(self, modules: ModuleType, rngs: nnx.Rngs):
+        self.hidden = modules.Linear(64, 256, rngs=rngs)
+        self.norm = modules.LayerNorm(256, rngs=rngs)
+        self.head = modules.Linear(256, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(jax.nn.relu(self.norm(self.hidden(x))))
+
+
+def digits(modules: ModuleType) -> Task:
+    """scikit-learn's handwritten digits, every fifth held out."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images, labels = (data.data / 16).astype(np.float32), data.target.astype(np.int32)
+    held = np.arange(len(images)) % 5 == 0
+    train, test = ((jnp.asarray(images[m]), jnp.asarray(labels[m])) for m in (~held, held))
+
+    def draw(key: jax.Array, size: int) -> Any:
+        places = jax.random.randint(key, (size,), 0, len(train[0]))
+        return train[0][places], train[1][places]
+
+    def loss(model: Any, batch: Any) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(model(batch[0]), batch[1]).mean()
+
+    def validate(model: Any) -> dict[str, float]:
+        right = model(test[0]).argmax(-1) == test[1]
+        return {"accuracy": float(right.mean()), "loss": float(loss(model, test))}
+
+    return Task(lambda rngs: MLP(modules, rngs), draw, loss, validate, "images", 1, steps=600, batch_size=128)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, modules: ModuleType, width: int, rngs: nnx.Rngs):
+        self.norm_1 = modules.RMSNorm(width, rngs=rngs)
+        self.attention = modules.MultiHeadAttention(4, width, decode=False, rngs=rngs)
+        self.norm_2 = modules.RMSNorm(width, rngs=rngs)
+        self.up = modules.Linear(width, 4 * width, rngs=rngs)
+        self.down = modules.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attention(self.norm_1(x), is_causal=True)
+        return x + self.down(jax.nn.gelu(self.up(self.norm_2(x))))
+
+
+class Decoder(nnx.Module):
+    """A causal model of bytes."""
+
+    def __init__(self, modules: ModuleType, length: int, rngs: nnx.Rngs, *, width: int = 128, depth: int = 2):
+        self.embed = modules.Embed(256, width, rngs=rngs)
+        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (length, width)))
+        self.blocks = nnx.List([Block(modules, width, rngs) for _ in range(depth)])
+        self.norm = modules.RMSNorm(width, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embed(tokens) + self.position[...][: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.embed.attend(self.norm(x))
+
+
+def text(modules: ModuleType, *, length: int = 128, files: int = 200) -> Task:
+    """The source of Python's standard library, byte by byte; the last tenth is held out."""
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:files]
+    stream = np.frombuffer(b"\n".join(p.read_bytes() for p in sources), np.uint8)
+    cut = len(stream) * 9 // 10
+    train, test = jnp.asarray(stream[:cut], jnp.int32), jnp.asarray(stream[cut:], jnp.int32)
+
+    def draw(key: jax.Array, size: int) -> jax.Array:
+        starts = jax.random.randint(key, (size, 1), 0, len(train) - length - 1)
+        return train[starts + jnp.arange(length + 1)]
+
+    def loss(model: Any, tokens: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+    def validate(model: Any) -> dict[str, float]:
+        count = min(16, len(test) // (length + 1))
+        value = float(loss(model, test[: count * (length + 1)].reshape(count, length + 1)))
+        return {"loss": value, "bits_per_byte": value / float(np.log(2))}
+
+    return Task(lambda rngs: Decoder(modules, length, rngs), draw, loss, validate, "bytes", length, steps=300, batch_size=16)
+
+
+TASKS: dict[str, Callable[[ModuleType], Task]] = {"digits": digits, "text": text}

@@ -1,0 +1,367 @@
+"""Attention against the same mathematics written directly, over the whole matrix of scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers import dot_product_attention
+from layers.attention import tiles
+from layers.attention.dot_product_attention import DotProductAttentionFunction
+from layers.attention.tiles import Grid, Hidden, Options, Tile
+from tests.support import assert_trees_close, saved_bytes, temp_bytes
+
+BATCH, TIME, KV_TIME, HEADS, KV_HEADS, DIM, VALUE_DIM = 2, 11, 9, 4, 2, 3, 5
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles, with a ragged last block on both sides."""
+    monkeypatch.setattr(tiles, "choose_blocks", lambda *_: (4, 4))
+
+
+def direct(q: Any, k: Any, v: Any, bias: Any = None, mask: Any = None, **o: Any) -> Any:
+    """Softmax attention by its definition; a query without a key gives zeros. Returns the output and logsumexp."""
+    group = q.shape[2] // k.shape[2]
+    s = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, group, 2)) * (q.shape[-1] ** -0.5 if o.get("scale") is None else o["scale"])
+    if o.get("logit_soft_cap"):
+        s = o["logit_soft_cap"] * jnp.tanh(s / o["logit_soft_cap"])
+    s = s if bias is None else s + bias
+    t, u = jnp.arange(s.shape[2])[:, None], jnp.arange(s.shape[3])[None]
+    seen = jnp.ones(s.shape, bool) if mask is None else jnp.broadcast_to(mask, s.shape)
+    if o.get("is_causal"):
+        seen &= u <= t
+    if o.get("local_window_size") is not None:
+        left, right = o["local_window_size"]
+        seen &= (u >= t - left) & (u <= t + right)
+    if o.get("query_seq_lengths") is not None:
+        seen &= (t < o["query_seq_lengths"][:, None, None])[:, None]
+    if o.get("key_value_seq_lengths") is not None:
+        seen &= (u < o["key_value_seq_lengths"][:, None, None])[:, None]
+    if o.get("segment_ids") is not None:
+        a, b = o["segment_ids"]
+        seen &= (a[:, :, None] == b[:, None])[:, None]
+    weight = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0)), 0)
+    total = weight.sum(-1)
+    if o.get("sinks") is not None:
+        total = total + jnp.exp(o["sinks"])[None, :, None]
+    p = weight / jnp.where(total == 0, 1, total)[..., None]
+    p = p if o.get("multiplier") is None else p * o["multiplier"]
+    lse = jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)))
+    return jnp.einsum("bnts,bsnh->btnh", p, jnp.repeat(v, group, 2)), jnp.moveaxis(lse, 1, 2)
+
+
+def arrays(dtype: Any = None, kv_heads: int = KV_HEADS, time: int = TIME, kv_time: int = KV_TIME) -> list[jax.Array]:
+    shapes = (BATCH, time, HEADS, DIM), (BATCH, kv_time, kv_heads, DIM), (BATCH, kv_time, kv_heads, VALUE_DIM)
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)]
+
+
+def random_mask(*shape: int) -> jax.Array:
+    return jax.random.bernoulli(jax.random.key(3), 0.6, shape)
+
+
+def finite(pair: Any) -> Any:
+    """A scalar of both outputs whose gradient reaches every number; where logsumexp is -inf it is left out."""
+    out, lse = pair
+    return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(lse == -jnp.inf, 0, jnp.cos(jnp.where(lse == -jnp.inf, 0, lse))))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scale": {"scale": 0.7},
+    "causal": {"is_causal": True},
+    "window": {"local_window_size": (2, 1)},
+    "causal window": {"is_causal": True, "local_window_size": (3, 2)},
+    "window that leaves out queries": {"local_window_size": (0, 0)},
+    "key lengths": {"key_value_seq_lengths": jnp.array([9, 4])},
+    "query lengths": {"query_seq_lengths": jnp.array([5, 11])},
+    "no keys at all": {"key_value_seq_lengths": jnp.array([0, 9])},
+    "lengths, causal": {"query_seq_lengths": jnp.array([5, 11]), "key_value_seq_lengths": jnp.array([3, 8]), "is_causal": True},
+    "soft cap": {"logit_soft_cap": 0.8},
+    "segments": {"segment_ids": (jnp.array([[0] * 5 + [1] * 6, [0] * 2 + [1] * 9]), jnp.array([[0] * 5 + [1] * 4, [0] * 3 + [2] * 6]))},
+    "mask": {"mask": random_mask(BATCH, HEADS, TIME, KV_TIME)},
+    "shared mask": {"mask": random_mask(1, 1, TIME, KV_TIME)},
+    "mask of keys": {"mask": random_mask(BATCH, 1, 1, KV_TIME)},
+    "bias": {"bias": (BATCH, HEADS, TIME, KV_TIME)},
+    "bias of heads": {"bias": (1, HEADS, TIME, KV_TIME)},
+    "bias of keys": {"bias": (BATCH, 1, 1, KV_TIME)},
+    "bias of queries": {"bias": (1, HEADS, TIME, 1)},
+    "sinks": {"sinks": (HEADS,)},
+    "sinks, no keys": {"sinks": (HEADS,), "key_value_seq_lengths": jnp.array([0, 5])},
+    "all": {
+        "bias": (1, HEADS, TIME, KV_TIME),
+        "sinks": (HEADS,),
+        "mask": random_mask(BATCH, 1, TIME, KV_TIME),
+        "scale": 0.9,
+        "is_causal": True,
+        "local_window_size": (5, 3),
+        "logit_soft_cap": 1.5,
+        "key_value_seq_lengths": jnp.array([9, 7]),
+        "query_seq_lengths": jnp.array([10, 6]),
+    },
+}
+
+
+def with_moving(options: dict[str, Any]) -> tuple[list[str], list[jax.Array], dict[str, Any]]:
+    """Names and values of the arrays among the options that are differentiated, and the other options."""
+    names = [n for n in ("bias", "sinks") if n in options]
+    moving = [jax.random.normal(jax.random.key(7), options[n], jnp.float64) for n in names]
+    return names, moving, {n: x for n, x in options.items() if n not in names}
+
+
+@pytest.mark.parametrize("name, kv_heads", [*((name, KV_HEADS) for name in OPTIONS), ("plain", 1), ("all", 1), ("plain", 4), ("all", 4)])
+def test_values_and_gradients_are_those_of_the_definition(name: str, kv_heads: int, small_blocks: None) -> None:
+    with jax.enable_x64(True):
+        names, moving, rest = with_moving(OPTIONS[name])
+        args = [*arrays(jnp.float64, kv_heads), *moving]
+
+        def ours(q, k, v, *moved):
+            return dot_product_attention(q, k, v, **dict(zip(names, moved, strict=True)), **rest, return_logsumexp=True)
+
+        def expected(q, k, v, *moved):
+            return direct(q, k, v, **dict(zip(names, moved, strict=True)), **rest)
+
+        where = tuple(range(len(args)))
+        assert_trees_close(ours(*args), expected(*args), rtol=0, atol=1e-10)
+        got, want = (jax.jit(jax.grad(lambda *a, f=f: finite(f(*a)), where))(*args) for f in (ours, expected))
+        assert_trees_close(got, want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["causal", "no keys at all", pytest.param("all", marks=pytest.mark.xfail(reason="nan in second derivatives"))])
+def test_second_derivatives_and_forward_mode_are_those_of_the_definition(name: str, small_blocks: None) -> None:
+    with jax.enable_x64(True):
+        names, moving, rest = with_moving(OPTIONS[name])
+        args = [*arrays(jnp.float64), *moving]
+        along = [jnp.cos(x) for x in args]
+
+        def scalar(f, **extra):
+            return lambda q, k, v, *moved: finite(f(q, k, v, **dict(zip(names, moved, strict=True)), **rest, **extra))
+
+        def curvature(f):
+            where = tuple(range(len(args)))
+            slope = jax.jvp(f, args, along)[1]
+            forward_over_reverse = jax.jvp(jax.grad(f, where), args, along)[1]
+            reverse_over_reverse = jax.grad(lambda *a: sum(jnp.vdot(g, t) for g, t in zip(jax.grad(f, where)(*a), along, strict=True)), where)(*args)
+            return slope, forward_over_reverse, reverse_over_reverse
+
+        got = jax.jit(lambda: curvature(scalar(dot_product_attention, return_logsumexp=True)))()
+        assert_trees_close(got, jax.jit(lambda: curvature(scalar(direct)))(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_dropout_drops_the_same_weights_in_backward(shared: bool, small_blocks: None) -> None:
+    with jax.enable_x64(True):
+        args, key, rate = arrays(jnp.float64), jax.random.key(5), 0.3
+        words = jax.random.key_data(key)
+        grid = Grid(
+            (TIME, KV_TIME), (TIME, KV_TIME), (BATCH, KV_HEADS, HEADS // KV_HEADS), Hidden(words=words), Options(rate=rate, shared_dropout=shared)
+        )
+        multiplier = jnp.broadcast_to(Tile(grid, jnp.zeros(2, int)).multiplier(jnp.float64), (*grid.planes, TIME, KV_TIME))
+        multiplier = multiplier.reshape(BATCH, HEADS, TIME, KV_TIME)
+
+        def ours(q, k, v):
+            return dot_product_attention(q, k, v, dropout_rate=rate, dropout_key=key, broadcast_dropout=shared, return_logsumexp=True)
+
+        def expected(q, k, v):
+            return direct(q, k, v, multiplier=multiplier)
+
+        got, want = (jax.value_and_grad(lambda *a, f=f: finite(f(*a)), (0, 1, 2))(*args) for f in (ours, expected))
+        assert_trees_close(got, want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropped_weights_are_as_many_as_the_rate_says_and_independent(rate: float) -> None:
+    n = 256
+    grid = Grid((n, n), (n, n), (2, 2, 1), Hidden(words=jnp.array([0, 1], jnp.uint32)), Options(rate=rate))
+    kept = np.asarray(Tile(grid, jnp.zeros(2, int)).multiplier(jnp.float32)).reshape(4, n, n) > 0
+    spread = (rate * (1 - rate)) ** 0.5
+    assert abs(kept.mean() - (1 - rate)) < 5 * spread / kept.size**0.5
+    centred = (kept - (1 - rate)) / spread
+    neighbours = [(centred[:, 1:] * centred[:, :-1]), (centred[:, :, 1:] * centred[:, :, :-1]), (centred[1:] * centred[:-1])]
+    assert all(abs(c.mean()) < 5 / c.size**0.5 for c in neighbours)
+    rows, columns = centred.mean(2) * n**0.5, centred.mean(1) * n**0.5
+    assert 0.8 < rows.std() < 1.2 and 0.8 < columns.std() < 1.2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"local_window_size": 4},
+        {"scale": 0.3, "is_causal": True, "local_window_size": (5, 0)},
+        {"key_value_seq_lengths": jnp.array([20, 7], jnp.int32), "query_seq_lengths": jnp.array([20, 12], jnp.int32)},
+        {"bias": jnp.linspace(-1, 1, 400).reshape(1, 1, 20, 20), "mask": jnp.tri(20, dtype=bool)[None, None]},
+    ],
+)
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_values_are_those_of_jax_nn(options: dict[str, Any], batched: bool, dtype: Any) -> None:
+    if not batched and "key_value_seq_lengths" in options:
+        options = {n: x[:1] for n, x in options.items()}
+    shapes = ((2, 20, 4, 8), (2, 20, 2, 8), (2, 20, 2, 8)) if batched else ((20, 4, 8), (20, 2, 8), (20, 2, 8))
+    q, k, v = (jax.random.normal(jax.random.key(i), s, dtype) for i, s in enumerate(shapes))
+    got, expected = dot_product_attention(q, k, v, **options), jax.nn.dot_product_attention(q, k, v, **options)
+    assert got.dtype == expected.dtype
+    tolerance = 4 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float32(got), np.float32(expected), rtol=tolerance, atol=4 * tolerance)
+
+
+def test_bfloat16_gradients_err_no_more_than_those_of_jax_nn() -> None:
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 64, 2, 16), jnp.bfloat16) for i in range(3))
+
+    def grads(f, *args):
+        return jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a, is_causal=True).astype(jnp.float32))), (0, 1, 2))(*args)
+
+    exact = grads(jax.nn.dot_product_attention, *(x.astype(jnp.float32) for x in (q, k, v)))
+
+    def error(f):
+        return [float(jnp.linalg.norm(g.astype(jnp.float32) - e)) for g, e in zip(grads(f, q, k, v), exact, strict=True)]
+
+    assert all(a <= 1.25 * b for a, b in zip(error(dot_product_attention), error(jax.nn.dot_product_attention), strict=True))
+
+
+@pytest.mark.parametrize("time, kv_time", [(1, 1), (1, 6), (6, 1), (513, 3)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_any_length(time: int, kv_time: int, causal: bool) -> None:
+    with jax.enable_x64(True):
+        args = arrays(jnp.float64, time=time, kv_time=kv_time)
+        grads = [
+            jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(*args)
+            for f in (lambda *a: dot_product_attention(*a, is_causal=causal), lambda *a: direct(*a, is_causal=causal)[0])
+        ]
+        assert_trees_close(grads[0], grads[1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape, kv_shape", [((0, 5, 2, 3), (0, 5, 2, 3)), ((2, 0, 2, 3), (2, 5, 2, 3)), ((2, 5, 2, 3), (2, 0, 2, 3))])
+def test_empty_axes_give_zeros(shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> None:
+    q, k = jnp.ones(shape), jnp.ones(kv_shape)
+    out, pull = jax.vjp(dot_product_attention, q, k, k)
+    assert out.shape == shape and not out.any()
+    assert all(not g.any() for g in pull(jnp.ones_like(out)))
+
+
+def test_query_that_sees_nothing_gives_zeros_and_no_gradient() -> None:
+    q, k, v = arrays()
+    mask = jnp.ones((1, 1, TIME, KV_TIME), bool).at[:, :, 2].set(False)
+    out, pull = jax.vjp(lambda q, k, v: dot_product_attention(q, k, v, mask=mask, return_logsumexp=True), q, k, v)
+    assert not out[0][:, 2].any() and bool(jnp.all(out[1][:, 2] == -jnp.inf))
+    grads = pull(jax.tree.map(jnp.ones_like, out))
+    assert all(bool(jnp.isfinite(g).all()) for g in grads) and not grads[0][:, 2].any()
+
+
+@pytest.mark.parametrize("size", [1e4, 1e18])
+def test_huge_scores_have_finite_gradients(size: float) -> None:
+    q, k, v = arrays()
+    value, grads = jax.value_and_grad(lambda q, v: dot_product_attention(q, k, v, is_causal=True).sum(), (0, 1))(q * size, v)
+    assert all(bool(jnp.isfinite(x).all()) for x in (value, *grads))
+
+
+@pytest.mark.parametrize("number", [jnp.inf, -jnp.inf])
+def test_infinite_bias_has_finite_gradients(number: float) -> None:
+    q, k, v = arrays()
+    bias = jnp.zeros((1, 1, TIME, KV_TIME)).at[..., 3].set(number)
+    out, grads = jax.value_and_grad(lambda *a: dot_product_attention(*a).sum(), (0, 1, 2, 3))(q, k, v, bias)
+    assert bool(jnp.isfinite(out)) and all(bool(jnp.isfinite(g).all()) for g in grads)
+
+
+@pytest.mark.parametrize("low, high", [(0, None), (0, 600), (-300, 300), (None, None), (None, -1000)])
+@pytest.mark.parametrize("lengths", [(2048, 2048), (1000, 700)])
+def test_tiles_are_those_in_which_something_is_seen(lengths: tuple[int, int], low: int | None, high: int | None) -> None:
+    blocks = (256, 128)
+    apart = np.arange(lengths[0])[:, None] - np.arange(lengths[1])
+    seen = (apart >= (-np.inf if low is None else low)) & (apart <= (np.inf if high is None else high))
+    expected = [
+        (i, j)
+        for i in range(-(-lengths[0] // 256))
+        for j in range(-(-lengths[1] // 128))
+        if seen[i * 256 : i * 256 + 256, j * 128 : j * 128 + 128].any()
+    ]
+    assert [tuple(t) for t in tiles.list_tiles(lengths, blocks, low, high)] == expected
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_training_memory_at_length_4096_is_a_fortieth_of_jax_nn(dtype: Any) -> None:
+    args = [jax.ShapeDtypeStruct((1, 4096, 8, 64), dtype)] * 3
+    ours, theirs = (temp_bytes(_training(f), *args) for f in (dot_product_attention, jax.nn.dot_product_attention))
+    assert ours <= 0.025 * theirs
+
+
+@pytest.mark.parametrize("time", [256, 512, 1000, 2048])
+def test_training_memory_is_at_most_seven_times_the_queries(time: int) -> None:
+    q = jax.ShapeDtypeStruct((2, time, 8, 64), jnp.float32)
+    assert temp_bytes(_training(dot_product_attention), q, q, q) <= 7 * q.size * 4
+
+
+def test_only_output_and_logsumexp_are_saved() -> None:
+    q = jnp.zeros((2, 32, 4, 8))
+    assert saved_bytes(lambda *a: dot_product_attention(*a, is_causal=True), q, q, q) <= q.nbytes + q.nbytes // 8
+
+
+def _training(attention: Any) -> Any:
+    return jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, is_causal=True).astype(jnp.float32) ** 2), (0, 1, 2))
+
+
+def test_vmap_is_a_loop(small_blocks: None) -> None:
+    q, k, v = arrays()
+    stack = [jnp.stack([x, jnp.sin(x)]) for x in (q, k, v)]
+
+    def grad(*a):
+        return jax.grad(lambda *b: dot_product_attention(*b, is_causal=True).sum(), (0, 1, 2))(*a)
+
+    looped = jax.tree.map(lambda *x: jnp.stack(x), *(grad(*(x[i] for x in stack)) for i in (0, 1)))
+    assert_trees_close(jax.vmap(grad)(*stack), looped, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_is_sharded_by_shard_map() -> None:
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    args = arrays()
+
+    def grad(*a):
+        return jax.grad(lambda *b: dot_product_attention(*b, is_causal=True).sum(), (0, 1, 2))(*a)
+
+    sharded = jax.jit(jax.shard_map(grad, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec,) * 3))(*args)
+    assert_trees_close(sharded, grad(*args), rtol=1e-5, atol=1e-6)
+
+
+def test_cudnn_is_jax_nn() -> None:
+    q = jnp.zeros((1, 8, 2, 8), jnp.bfloat16)
+    with pytest.raises(Exception, match=r"(?i)cudnn|cuda|gpu"):
+        dot_product_attention(q, q, q, implementation="cudnn")
+
+
+WRONG = [
+    (ValueError, "cudnn.*sinks", {"implementation": "cudnn", "sinks": jnp.zeros(HEADS)}),
+    (ValueError, "implementation", {"implementation": "fast"}),
+    (ValueError, "heads", {"key": jnp.zeros((BATCH, KV_TIME, 3, DIM)), "value": jnp.zeros((BATCH, KV_TIME, 3, DIM))}),
+    (ValueError, "head_dim", {"key": jnp.zeros((BATCH, KV_TIME, KV_HEADS, DIM + 1))}),
+    (ValueError, "batch", {"key": jnp.zeros((1, KV_TIME, KV_HEADS, DIM))}),
+    (ValueError, "without batch", {"key": jnp.zeros((KV_TIME, KV_HEADS, DIM))}),
+    (TypeError, "dtype", {"key": jnp.zeros((BATCH, KV_TIME, KV_HEADS, DIM), jnp.bfloat16)}),
+    (TypeError, "mask", {"mask": jnp.zeros((1, 1, TIME, KV_TIME))}),
+    (ValueError, "bias", {"bias": jnp.zeros((1, 3, TIME, KV_TIME))}),
+    (ValueError, "bias", {"bias": jnp.zeros((1, 1, 1, TIME, KV_TIME))}),
+    (ValueError, "key_value_seq_lengths", {"key_value_seq_lengths": jnp.array([1])}),
+    (TypeError, "query_seq_lengths", {"query_seq_lengths": jnp.array([1.0, 2.0])}),
+    (ValueError, "sinks", {"sinks": jnp.zeros(3)}),
+    (ValueError, "segment_ids", {"segment_ids": jnp.zeros((BATCH, TIME), int)}),
+    (ValueError, "dropout_rate", {"dropout_rate": 1.0}),
+    (ValueError, "dropout_key", {"dropout_rate": 0.5}),
+]
+
+
+@pytest.mark.parametrize("error, words, options", WRONG)
+def test_wrong_input_is_refused(error: type[Exception], words: str, options: dict[str, Any]) -> None:
+    given = dict(zip(("query", "key", "value"), arrays(), strict=True)) | options
+    with pytest.raises(error, match=f"dot_product_attention: .*{words}"):
+        dot_product_attention(**given)
+
+
+def test_example_runs() -> None:
+    out, lse = DotProductAttentionFunction.apply(*DotProductAttentionFunction.example(jax.random.key(0), jnp.float32))
+    assert bool(jnp.isfinite(out).all()) and lse.dtype == jnp.float32

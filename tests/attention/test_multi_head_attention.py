@@ -1,0 +1,67 @@
+"""The drop-in for `flax.nnx.MultiHeadAttention`, against it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from layers import MultiHeadAttention
+from tests.support import assert_trees_close
+
+FEATURES, TIME = 8, 5
+
+
+def pair(**options: Any) -> tuple[nnx.Module, nnx.Module]:
+    return tuple(
+        cls(num_heads=4, in_features=FEATURES, rngs=nnx.Rngs(0), **{"decode": False} | options)
+        for cls in (nnx.MultiHeadAttention, MultiHeadAttention)
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize_qk": True, "use_bias": False, "qkv_features": 16}, {"num_kv_heads": 2, "qkv_features": 16, "out_features": 3}]
+)
+@pytest.mark.parametrize("batch, causal", [((), False), ((2,), True), ((2, 3), False)])
+def test_values_and_gradients_are_those_of_flax(options: dict[str, Any], batch: tuple[int, ...], causal: bool) -> None:
+    x = jax.random.normal(jax.random.key(1), (*batch, TIME, FEATURES))
+    mask = nnx.make_attention_mask(jnp.ones((*batch, TIME)), jnp.ones((*batch, TIME)).at[..., 3:].set(0)) if not causal else None
+
+    def run(module):
+        return nnx.value_and_grad(lambda m: jnp.sum(jnp.sin(m(x, mask=mask, is_causal=causal))))(module)
+
+    flax, ours = (run(m) for m in pair(**options))
+    assert_trees_close(nnx.to_pure_dict(ours[1]), nnx.to_pure_dict(flax[1]), rtol=1e-4, atol=1e-4)
+    assert_trees_close(ours[0], flax[0], rtol=1e-5)
+
+
+def test_decoding_step_by_step_is_that_of_flax() -> None:
+    flax, ours = pair(decode=True, num_kv_heads=2)
+    x = jax.random.normal(jax.random.key(1), (2, TIME, FEATURES))
+    for module in (flax, ours):
+        module.init_cache(x.shape)
+    for t in range(TIME):
+        assert_trees_close(ours(x[:, t : t + 1]), flax(x[:, t : t + 1]), rtol=1e-4, atol=1e-4)
+    assert_trees_close(ours.cached_key[...], flax.cached_key[...], rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Using .Module.sow:DeprecationWarning")
+def test_weights_are_sown_where_asked_for() -> None:
+    _, module = pair()
+    module(jnp.ones((1, TIME, FEATURES)), sow_weights=True)
+    assert module.attention_weights[0].shape == (1, 4, TIME, TIME)
+
+
+def test_dropout_acts_only_in_training() -> None:
+    _, module = pair(dropout_rate=0.5)
+    x = jax.random.normal(jax.random.key(1), (2, TIME, FEATURES))
+    still = module(x, deterministic=True)
+    assert bool((module(x, deterministic=False) != still).any()) and bool((module(x, deterministic=True) == still).all())
+
+
+def test_another_attention_fn_is_called() -> None:
+    _, module = pair(attention_fn=lambda q, *_, **__: jnp.zeros_like(q), use_bias=False)
+    assert not module(jnp.ones((1, TIME, FEATURES))).any()

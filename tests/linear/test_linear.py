@@ -1,0 +1,71 @@
+"""The linear layer in PyTorch's and in Flax's layout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import layers
+from layers.linear.linear import LinearFunction
+from tests.support import assert_trees_close, saved_bytes
+
+
+def draw(dtype, *shapes):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return tuple(jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_gradient_is_that_of_autodiff(batch, biased):
+    with jax.enable_x64(True):
+        x, kernel, bias, dy = draw(jnp.float64, (*batch, 3), (3, 4), (4,), (*batch, 4))
+        args = (x, kernel, bias) if biased else (x, kernel)
+        ours, theirs = (jax.vjp(f, *args) for f in (layers.linear, lambda x, w, b=0: x @ w + b))
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-12)
+        assert_trees_close(ours[1](dy), theirs[1](dy), rtol=1e-10)
+
+
+def test_torch_layout_and_tape():
+    x, w, b = LinearFunction.example(jax.random.key(0), jnp.float32)
+    y, grad_fn = LinearFunction.vjp(x, w, b)
+    dx, dw, db = grad_fn.apply(jnp.ones_like(y))
+    np.testing.assert_allclose(y, x @ w.T + b, rtol=1e-6)
+    np.testing.assert_allclose(dx, np.tile(w.sum(0), (5, 1)), rtol=1e-5)
+    np.testing.assert_allclose(dw, np.tile(x.sum(0), (4, 1)), rtol=1e-5)
+    np.testing.assert_array_equal(db, np.full(4, 5.0))
+    assert grad_fn.name() == "LinearFunctionBackward"
+
+
+def test_agrees_with_torch():
+    torch = pytest.importorskip("torch")
+    x, w, b = (np.array(a) for a in LinearFunction.example(jax.random.key(0), jnp.float32))
+    tensors = [torch.tensor(a, requires_grad=True) for a in (x, w, b)]
+    torch.nn.functional.linear(*tensors).sin().sum().backward()
+    grads = jax.grad(lambda *a: jnp.sin(LinearFunction.apply(*a)).sum(), argnums=(0, 1, 2))(x, w, b)
+    for ours, theirs in zip(grads, tensors, strict=True):
+        np.testing.assert_allclose(ours, theirs.grad.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_saves_nothing_beyond_its_arguments():
+    assert saved_bytes(LinearFunction.apply, *LinearFunction.example(jax.random.key(0), jnp.float32)) <= 0
+
+
+@pytest.mark.parametrize("options", [{}, {"use_bias": False}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}, {"precision": "highest"}])
+def test_module_is_flax_linear(options):
+    ours, theirs = (m(3, 4, rngs=nnx.Rngs(7), **options) for m in (layers.Linear, nnx.Linear))
+    (x,) = draw(jnp.float32, (2, 5, 3))
+    assert_trees_close(nnx.to_pure_dict(nnx.state(ours)), nnx.to_pure_dict(nnx.state(theirs)), rtol=0)
+    y, y_flax = ours(x), theirs(x)
+    assert y.dtype == y_flax.dtype
+    np.testing.assert_allclose(np.float32(y), np.float32(y_flax), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [(((5, 3), (4, 3)), "kernel has shape"), (((5, 3), (3,)), "kernel has shape"), (((5, 3), (3, 4), (3,)), "bias has shape")],
+)
+def test_shapes_that_do_not_fit_are_errors(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        layers.linear(*draw(jnp.float32, *shapes))

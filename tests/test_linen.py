@@ -1,0 +1,51 @@
+"""The Linen modules hold the parameters and give the values of the nnx modules that they are derived from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import layers
+import layers.linen
+
+X = jnp.linspace(-1.0, 1.0, 24).reshape(2, 3, 4)
+
+CASES = {
+    "Linear": ((4, 5), {}, X),
+    "LayerNorm": ((4,), {}, X),
+    "RMSNorm": ((4,), {}, X),
+    "GroupNorm": ((4, 2), {}, X),
+    "Embed": ((7, 3), {}, jnp.array([[0, 6], [3, 3]])),
+    "MultiHeadAttention": ((2, 4), {"decode": False}, X),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_linen_module_is_the_nnx_module(name):
+    args, options, x = CASES[name]
+    module = getattr(layers.linen, name)(*args, **options)
+    variables = module.init(jax.random.key(0), x)
+    twin = getattr(layers, name)(*args, **options, rngs=nnx.Rngs(0))
+    names = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(twin, nnx.Param))}
+    flat = {"/".join(k.key for k in path): v for path, v in jax.tree_util.tree_leaves_with_path(variables["params"])}
+    assert set(flat) == names
+    state = nnx.state(twin, nnx.Param)
+    for path, variable in nnx.to_flat_state(state):
+        variable[...] = flat["/".join(map(str, path))]
+    nnx.update(twin, state)
+    np.testing.assert_allclose(module.apply(variables, x), twin(x), rtol=1e-5, atol=1e-6)
+
+
+def test_trains_inside_a_linen_model():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layers.linen.Linear(5, 1, name="head")(layers.linen.LayerNorm(5)(nn.tanh(layers.linen.Linear(4, 5)(x))))
+
+    net = Net()
+    variables = net.init(jax.random.key(0), X)
+    grads = jax.jit(jax.grad(lambda v: jnp.sum(net.apply(v, X) ** 2)))(variables)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert float(jnp.abs(grads["params"]["head"]["kernel"]).max()) > 0

@@ -1,0 +1,47 @@
+"""The README says what is so: its example runs, its tables are those of the code and of the committed results."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_example_runs():
+    code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "(4, 3, 4, 3)" in done.stdout
+
+
+def test_example_has_about_twenty_lines():
+    code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+
+
+def test_generated_tables_are_current():
+    pytest.importorskip("rich")
+    pytest.importorskip("optax")
+    from layers.tools.readme import fill
+
+    text = README.read_text()
+    assert fill(text) == text, "run python -m layers.tools.readme"
+
+
+def test_ci_runs_the_command_of_the_readme():
+    command = next(line for line in README.read_text().splitlines() if "pytest -n 2" in line)
+    assert command == 'python3 -m pip install -e ".[test]" && python3 -m pytest -n 2'
+    assert "grep -m 1 'pytest -n 2' README.md" in (README.parent / ".ci" / "run").read_text()
+
+
+def test_no_address_of_a_registry_or_host():
+    root = README.parent
+    tracked = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True).stdout.split()
+    # the scheme is put together here so that this file does not match itself
+    address = re.compile("http" + r"s?://(?!arxiv\.org|doi\.org)")
+    found = [name for name in tracked if (root / name).is_file() and address.search((root / name).read_text(errors="ignore"))]
+    assert not found

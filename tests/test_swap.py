@@ -1,0 +1,119 @@
+"""Swapping keeps parameters, paths and values, and says what it did."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import layers
+from tests.support import assert_trees_close
+
+TOKENS = jnp.array([[1, 2, 3, 0], [4, 4, 1, 2]])
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(5, 8, rngs=rngs)
+        self.norms = nnx.List([nnx.LayerNorm(8, rngs=rngs), nnx.RMSNorm(8, rngs=rngs)])
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.mlp = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), nnx.gelu, nnx.Linear(16, 8, rngs=rngs))
+        self.group = nnx.GroupNorm(8, 2, rngs=rngs)
+        self.batch = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.shared = self.norms[0]
+        self.conv = nnx.Conv(8, 8, (3,), rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        x = x + self.attention(self.norms[0](x), is_causal=True)
+        x = self.conv(self.shared(x) + self.mlp(self.norms[1](x)))
+        return self.embed.attend(self.batch(self.group(x)))
+
+
+def deterministic(seed=0):
+    model = Model(nnx.Rngs(seed))
+    model.eval()
+    return model
+
+
+def test_values_and_gradients_stay():
+    plain, swapped = deterministic(), layers.swap(deterministic()).model
+    assert_trees_close(swapped(TOKENS), plain(TOKENS), rtol=1e-4, atol=1e-5)
+    loss = lambda m: jnp.sum(m(TOKENS) ** 2)
+    ours, theirs = (nnx.to_pure_dict(nnx.grad(loss)(m)) for m in (swapped, plain))
+    assert_trees_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_parameters_are_the_same_objects_at_the_same_paths():
+    model = deterministic()
+    before = dict(nnx.to_flat_state(nnx.state(model)))
+    kernel = model.mlp.layers[0].kernel
+    report = layers.swap(model)
+    assert report.model is model
+    assert model.mlp.layers[0].kernel is kernel
+    after = dict(nnx.to_flat_state(nnx.state(model)))
+    assert before.keys() == after.keys()
+
+
+def test_every_layer_with_a_twin_is_replaced_and_the_rest_is_said():
+    model = deterministic()
+    report = layers.swap(model)
+    assert type(model.embed) is layers.Embed
+    assert type(model.norms[0]) is layers.LayerNorm
+    assert model.shared is model.norms[0]
+    assert type(model.mlp.layers[2]) is layers.Linear
+    assert type(model.attention) is layers.MultiHeadAttention
+    assert "conv" in {r.path for r in report.left}
+    assert "no twin for Conv" in str(report)
+
+
+def test_training_dropout_still_drops():
+    model = layers.swap(Model(nnx.Rngs(0))).model
+    y = model.dropout(jnp.ones((64, 64)))
+    share = float((y == 0).mean())
+    assert abs(share - 0.5) < 5 * 0.5 / 64
+
+
+def test_root_that_is_a_layer_is_replaced_in_the_report():
+    layer = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    report = layers.swap(layer)
+    assert type(report.model) is layers.Linear
+    assert report.model.kernel is layer.kernel
+
+
+def test_only_and_skip_choose():
+    model = deterministic()
+    layers.swap(model, only=[nnx.Linear], skip=lambda path, layer: path == "mlp.layers.2")
+    assert type(model.mlp.layers[0]) is layers.Linear
+    assert type(model.mlp.layers[2]) is nnx.Linear
+    assert type(model.embed) is nnx.Embed
+
+
+def test_a_subclass_of_a_flax_layer_is_left():
+    class Mine(nnx.Linear):
+        pass
+
+    model = nnx.Sequential(Mine(3, 4, rngs=nnx.Rngs(0)))
+    layers.swap(model)
+    assert type(model.layers[0]) is Mine
+
+
+def test_trains_on_with_the_same_losses():
+    import optax
+
+    losses = []
+    for model in (deterministic(), layers.swap(deterministic()).model):
+        optimizer = nnx.Optimizer(model, optax.sgd(0.01), wrt=nnx.Param)
+        track = []
+        for _ in range(3):
+            value, grads = nnx.value_and_grad(lambda m: jnp.mean(m(TOKENS) ** 2))(model)
+            optimizer.update(model, grads)
+            track.append(float(value))
+        losses.append(track)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+
+
+def test_what_is_no_module_is_an_error():
+    with pytest.raises(TypeError, match="swap: model is a dict"):
+        layers.swap({"a": jax.numpy.ones(3)})
