@@ -1,4 +1,6 @@
-"""Every nnx module of the library as a Flax Linen module, derived: `layers.linen.Linear(3, 4)` takes what `layers.Linear(3, 4)` takes, without `rngs`.
+"""Every nnx module of the library as a Flax Linen module, derived.
+
+`layers.linen.Linear(3, 4)` takes what `layers.Linear(3, 4)` takes, without `rngs`.
 
 Parameters have the same names and lie in Linen's collections (`params`, `batch_stats`, ...); random streams are Linen's.
 """

@@ -84,7 +84,7 @@ class DotProductAttentionFunction(Function):
             return dq, dk, dv, dbias
 
         start = [jnp.zeros(x.shape, dtype) for x in (q, k, v)]
-        dq, dk, dv, dbias = grid.fold(step, (*start, jnp.zeros(bias.shape, dtype) if wants_bias else None))
+        dq, dk, dv, dbias = grid.fold(step, (*start, jnp.zeros(bias.shape, dtype) if wants_bias and bias is not None else None))
         dsinks = None if sinks is None else -jnp.sum(_sink_weights(sinks, lse) * delta, (0, 1))
         return dq, dk, dv, dbias, dsinks, None, None
 
@@ -191,8 +191,9 @@ def dot_product_attention(
     return_logsumexp = return_logsumexp or return_residual
     if implementation == "cudnn":
         _refuse_for_cudnn(logit_soft_cap=logit_soft_cap, segment_ids=segment_ids, sinks=sinks, dropout_rate=dropout_rate or None)
-        extra = {"return_residual": True} if return_logsumexp else {}
-        return jax.nn.dot_product_attention(
+        extra: dict[str, Any] = {"return_residual": True} if return_logsumexp else {}
+        theirs: Any = jax.nn.dot_product_attention
+        return theirs(
             query,
             key,
             value,
@@ -226,7 +227,7 @@ def dot_product_attention(
         key_segments=key_segments,
         words=_words(dropout_rate, dropout_key),
     )
-    options = Options(float(scale), logit_soft_cap and float(logit_soft_cap), low, high, float(dropout_rate), broadcast_dropout)
+    options = Options(float(scale or 0.0), None if logit_soft_cap is None else float(logit_soft_cap), low, high, float(dropout_rate), broadcast_dropout)
     out, lse = DotProductAttentionFunction.apply(q, k, v, _plane("bias", bias, full), _sinks(sinks, full[1]), hidden, options)
     out, lse = (out, lse) if batched else (out[0], lse[0])
     return (out, lse) if return_logsumexp else out
@@ -305,7 +306,7 @@ def _words(rate: float, key: Any) -> jax.Array | None:
         return None
     if key is None:
         raise ValueError("dot_product_attention: dropout_rate is above 0, so give dropout_key, a key of jax.random")
-    typed = jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key)
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return (jax.random.key_data(key) if typed else jnp.asarray(key)).astype(jnp.uint32).reshape(-1)
 
 

@@ -57,7 +57,8 @@ class Report:
         cells = "".join(
             f"<tr><td>{html.escape(r.clause)}</td><td>{r.outcome}</td><td><pre>{html.escape(r.detail)}</pre></td></tr>" for r in self.rows
         )
-        return f"<p><b>{html.escape(self.name)}</b>: {'passed' if self.passed else 'FAILED'}</p><table>{cells}</table>"
+        verdict = "passed" if self.passed else "FAILED"
+        return f"<p><b>{html.escape(self.name)}</b>: {verdict}</p><table>{cells}</table>"
 
 
 class _Skip(Exception):

@@ -35,10 +35,10 @@ class Call:
     """
 
     @staticmethod
-    def bind(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any]]:
+    def bind(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Any]]:
         """A call, and every array in its arguments, in order."""
         arrays: list[Any] = []
-        return Call(cls, args, kwargs, arrays), arrays
+        return Call(function, args, kwargs, arrays), arrays
 
     def __init__(self, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arrays: list[Any]):
         self.cls = cls

@@ -164,7 +164,8 @@ def _aligned(tree: Any, given: Any) -> list[Any] | None:
     if ours is None or theirs is None or len(ours[0]) != len(theirs[0]) or (isinstance(tree, dict) and ours[1] != theirs[1]):
         return None
     parts = [_aligned(t, g) for t, g in zip(ours[0], theirs[0], strict=True)]
-    return None if any(p is None for p in parts) else [leaf for p in parts for leaf in p]
+    known = [p for p in parts if p is not None]
+    return [leaf for p in known for leaf in p] if len(known) == len(parts) else None
 
 
 def _top_level(output: Template, arrays: Sequence[Any]) -> list[Any]:

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
@@ -170,7 +169,7 @@ def from_the_end(ndim: int, axes: Any) -> tuple[int, ...]:
     return tuple(sorted({a - ndim if a >= 0 else a for a in axes}))
 
 
-def promoted(module: nnx.Module, x: jax.Array, *parameters: Any) -> tuple[Any, list[Any], Any]:
+def promoted(module: Any, x: jax.Array, *parameters: Any) -> tuple[Any, list[Any], Any]:
     """The input and the parameters of an nnx normalisation, and the dtype it computes in.
 
     Flax's own promotion is left to the layer, so that the arrays kept for backward are those that are alive anyway.

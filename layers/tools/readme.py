@@ -32,7 +32,7 @@ def layer_rows() -> list[tuple[str, str, str, str]]:
 
 def layer_table() -> str:
     lines = ["| family | function | nnx and Linen module | |", "|---|---|---|---|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in layer_rows()])
+    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in layer_rows()])
 
 
 def bench_table() -> str:

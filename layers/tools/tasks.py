@@ -59,7 +59,7 @@ def digits(modules: ModuleType) -> Task:
     """scikit-learn's handwritten digits, every fifth held out."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     images, labels = (data.data / 16).astype(np.float32), data.target.astype(np.int32)
     held = np.arange(len(images)) % 5 == 0
     train, test = ((jnp.asarray(images[m]), jnp.asarray(labels[m])) for m in (~held, held))

@@ -33,6 +33,9 @@ def rule(forward, backward, **methods):
 MATMUL = lambda x, w: x @ w
 BIAS = lambda x, b: x + b
 SQUARE = lambda x: x * x
+SORT = lambda x: (jnp.sort(x), jnp.argsort(x))
+TREE = ({"a": draw((3,))[0], "b": [draw((3,), seed=1)[0]]},)
+GRID = np.arange(9.0).reshape(3, 3)
 TWO = lambda x: (x * x, jnp.sin(x))
 
 
@@ -44,12 +47,12 @@ WRONG = {
     "missing factor": (rule(SQUARE, lambda x, g: x * g), draw((3, 2)), "constant factor: the gradient is 0.5"),
     "wrong sign": (rule(jnp.cos, lambda x, g: jnp.sin(x) * g), draw((4,)), "sign"),
     "transposed gradient": (
-        rule(lambda x: x @ jnp.arange(9.0).reshape(3, 3), lambda x, g: (g @ jnp.arange(9.0).reshape(3, 3).T).T),
+        rule(lambda x: x @ GRID, lambda x, g: (g @ GRID.T).T),
         draw((3, 3)),
         "transposed",
     ),
     "matrix from the wrong side": (
-        rule(lambda x: x @ jnp.arange(9.0).reshape(3, 3), lambda x, g: g @ jnp.arange(9.0).reshape(3, 3)),
+        rule(lambda x: x @ GRID, lambda x, g: g @ GRID),
         draw((3,)),
         "transposed",
     ),
