@@ -227,7 +227,9 @@ def dot_product_attention(
         key_segments=key_segments,
         words=_words(dropout_rate, dropout_key),
     )
-    options = Options(float(scale or 0.0), None if logit_soft_cap is None else float(logit_soft_cap), low, high, float(dropout_rate), broadcast_dropout)
+    options = Options(
+        float(scale or 0.0), None if logit_soft_cap is None else float(logit_soft_cap), low, high, float(dropout_rate), broadcast_dropout
+    )
     out, lse = DotProductAttentionFunction.apply(q, k, v, _plane("bias", bias, full), _sinks(sinks, full[1]), hidden, options)
     out, lse = (out, lse) if batched else (out[0], lse[0])
     return (out, lse) if return_logsumexp else out
