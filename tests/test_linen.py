@@ -49,3 +49,37 @@ def test_trains_inside_a_linen_model():
     grads = jax.jit(jax.grad(lambda v: jnp.sum(net.apply(v, X) ** 2)))(variables)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert float(jnp.abs(grads["params"]["head"]["kernel"]).max()) > 0
+
+
+class _Block(nn.Module):
+    """A step of a stack: `(carry, _) -> (carry, None)`."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return x + layers.linen.Linear(4, 4, name="linear")(layers.linen.RMSNorm(4, name="norm")(x)), None
+
+
+def _stack(block, depth=3):
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)()
+
+
+def _by_hand(params, x):
+    for i in range(3):
+        p = jax.tree.map(lambda a, i=i: a[i], params)
+        normed = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * p["norm"]["scale"]
+        x = x + normed @ p["linear"]["kernel"] + p["linear"]["bias"]
+    return x
+
+
+@pytest.mark.parametrize("lift", [lambda b: b, nn.remat], ids=["scan", "remat in scan"])
+def test_derived_modules_under_linen_scan_and_remat_have_the_gradient_of_the_formula(lift):
+    stack = _stack(lift(_Block))
+    variables = stack.init(jax.random.key(0), X, None)
+    assert variables["params"]["linear"]["kernel"].shape == (3, 4, 4)
+
+    def loss(variables):
+        return jnp.sum(jnp.sin(stack.apply(variables, X, None)[0]))
+
+    expected = jax.grad(lambda p: jnp.sum(jnp.sin(_by_hand(p, X))))(variables["params"])
+    given = jax.jit(jax.grad(loss))(variables)["params"]
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=2e-4, atol=2e-5), given, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import importlib
 import pkgutil
@@ -93,6 +94,23 @@ class _Subject:
     def gradient(self, *moved: Any) -> tuple[Any, ...]:
         return jax.grad(self.loss, tuple(range(len(moved))))(*moved)
 
+    @functools.cached_property
+    def expected(self) -> tuple[Any, ...]:
+        """The gradient at the arguments, without any transformation."""
+        return self.gradient(*self.moving)
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., tuple[Any, ...]]:
+        """`gradient`, compiled; the clause "jit" compares it with `expected`."""
+        return jax.jit(self.gradient)
+
+    @functools.cached_property
+    def pairs(self) -> tuple[list[Any], list[Any]]:
+        """A batch of two of each argument, and the gradient of each, stacked."""
+        batch = [jnp.stack([x, 0.5 * x]) for x in self.moving]
+        halves = self.compiled(*[0.5 * x for x in self.moving])
+        return batch, [jnp.stack(pair) for pair in zip(self.compiled(*self.moving), halves, strict=True)]
+
 
 def check(fn: Any, *args: Any) -> Report:
     """Holds a layer to the contract: right gradient, every transformation, dtypes, sharding, no leak, memory.
@@ -151,45 +169,52 @@ def _gradient_is_right(s: _Subject) -> str:
             widened = [jnp.asarray(x, jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64) for x in s.moving]
             gradcheck(s.outputs, tuple(widened))
         return "as finite differences"
-    outputs, pull = jax.vjp(s.outputs, *s.moving)
-    expected = jax.vjp(lambda *x: s.call(surrogate, *x), *s.moving)[1]([_weights(y) for y in outputs])
-    _same(pull([_weights(y) for y in outputs]), expected)
+
+    def pulled(fn: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*moved: Any) -> Any:
+            outputs, pull = jax.vjp(lambda *x: s.call(fn, *x), *moved)
+            return pull([_weights(y) for y in outputs])
+
+        return jax.jit(run)
+
+    _same(pulled(s.fn)(*s.moving), pulled(surrogate)(*s.moving))
     return "that of its surrogate"
 
 
 def _linear(s: _Subject) -> None:
-    outputs, pull = jax.vjp(s.outputs, *s.moving)
-    once, other = (pull([factor * _weights(y) for y in outputs]) for factor in (1, -2))
+    def pulled(factor: Any) -> Any:
+        outputs, pull = jax.vjp(s.outputs, *s.moving)
+        return pull([(factor * _weights(y)).astype(y.dtype) for y in outputs])
+
+    once, other = (jax.jit(pulled)(jnp.float32(factor)) for factor in (1, -2))
     _same(other, [-2 * g for g in once])
 
 
 def _jit(s: _Subject) -> None:
-    expected = s.gradient(*s.moving)
-    _same(jax.jit(s.gradient)(*s.moving), expected)
-    _same(jax.grad(jax.jit(s.loss), tuple(range(len(s.moving))))(*s.moving), expected)
+    _same(s.compiled(*s.moving), s.expected)
+    _same(jax.grad(jax.jit(s.loss), tuple(range(len(s.moving))))(*s.moving), s.expected)
 
 
 def _remat(s: _Subject) -> None:
     for policy in (None, jax.checkpoint_policies.dots_saveable):
         again = jax.grad(jax.checkpoint(s.loss, policy=policy), tuple(range(len(s.moving))))
-        _same(jax.jit(again)(*s.moving), s.gradient(*s.moving))
+        _same(jax.jit(again)(*s.moving), s.expected)
 
 
 def _scan(s: _Subject) -> None:
     def twice(*moved: Any) -> Any:
         return jax.lax.scan(lambda total, _: (total + s.loss(*moved), None), jnp.zeros(()), None, length=2)[0]
 
-    _same(jax.jit(jax.grad(twice, tuple(range(len(s.moving)))))(*s.moving), [2 * g for g in s.gradient(*s.moving)])
+    _same(jax.jit(jax.grad(twice, tuple(range(len(s.moving)))))(*s.moving), [2 * g for g in s.expected])
 
 
 def _vmap(s: _Subject) -> None:
-    batch = [jnp.stack([x, 0.5 * x]) for x in s.moving]
-    expected = [jnp.stack(pair) for pair in zip(s.gradient(*s.moving), s.gradient(*[0.5 * x for x in s.moving]), strict=True)]
+    batch, expected = s.pairs
     _same(jax.jit(jax.vmap(s.gradient))(*batch), expected)
     first = [batch[0], *s.moving[1:]]
     axes = (0, *[None] * (len(first) - 1))
     whole = jax.grad(lambda *x: jax.vmap(s.loss, axes)(*x).sum(), tuple(range(len(first))))
-    one, two = s.gradient(*s.moving), s.gradient(0.5 * s.moving[0], *s.moving[1:])
+    one, two = s.compiled(*s.moving), s.compiled(0.5 * s.moving[0], *s.moving[1:])
     _same(jax.jit(whole)(*first), [jnp.stack([one[0], two[0]]), *[a + b for a, b in zip(one[1:], two[1:], strict=True)]])
 
 
@@ -197,24 +222,43 @@ def _forward_mode(s: _Subject) -> None:
     if s.cls is not None and s.cls._has_jvp() and hasattr(s.cls, "surrogate"):
         raise _Skip("its tangent is by design not its gradient")
     tangents = [jnp.cos(3 * x) for x in s.moving]
-    slope = jax.jvp(s.loss, s.moving, tangents)[1]
-    inner = sum(jnp.sum(jnp.real(g * t)) for g, t in zip(s.gradient(*s.moving), tangents, strict=True))
+    slope = jax.jit(lambda x, t: jax.jvp(s.loss, x, t)[1])(s.moving, tangents)
+    inner = sum(jnp.sum(jnp.real(g * t)) for g, t in zip(s.expected, tangents, strict=True))
     _same([slope], [inner], tolerance=2e-3)
 
 
 def _partial(s: _Subject) -> None:
-    whole = s.gradient(*s.moving)
-    for i, expected in enumerate(whole):
+    for i, expected in enumerate(s.expected):
         _same([jax.jit(jax.grad(s.loss, i))(*s.moving)], [expected])
 
 
 def _dtypes(s: _Subject) -> str:
+    worst = {}
     for dtype in (jnp.bfloat16, jnp.float16):
         moved = [x if jnp.iscomplexobj(x) else x.astype(dtype) for x in s.moving]
-        for x, g in zip(moved, s.gradient(*moved), strict=True):
+        given = s.compiled(*moved)
+        for x, g in zip(moved, given, strict=True):
             assert g.dtype == x.dtype, f"an argument of {x.dtype} gets a gradient of {g.dtype}"
             assert np.isfinite(np.asarray(g, np.complex64)).all(), f"the gradient in {dtype.__name__} is not finite"
-    return "bfloat16, float16"
+        if not hasattr(s.cls, "surrogate"):
+            worst[dtype.__name__] = _error_in(s, moved, given)
+            assert worst[dtype.__name__] <= HALF_PRECISION_EPS * float(jnp.finfo(dtype).eps), (
+                f"the gradient in {dtype.__name__} has a relative error of {worst[dtype.__name__]:.3g} against float64"
+            )
+    return ", ".join(f"{name}: error {error:.2g}" for name, error in worst.items()) or "bfloat16, float16"
+
+
+HALF_PRECISION_EPS = 16
+"""How many roundings of half precision the gradient may be away from that in float64: the sum over a small example's operations."""
+
+
+def _error_in(s: _Subject, moved: Sequence[Any], given: Sequence[Any]) -> float:
+    """The largest relative error (Euclidean norm) of gradients of rounded arguments, beside float64 at the same arguments."""
+    with jax.enable_x64(True):
+        widened = [jnp.asarray(x, jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64) for x in moved]
+        exact = [np.asarray(e) for e in jax.jit(s.gradient)(*widened)]
+    errors = [np.linalg.norm(np.ravel(np.asarray(g, e.dtype) - e)) / max(np.linalg.norm(np.ravel(e)), 1.0) for g, e in zip(given, exact, strict=True)]
+    return float(max(errors, default=0.0))
 
 
 def _sharding(s: _Subject) -> str:
@@ -223,8 +267,7 @@ def _sharding(s: _Subject) -> str:
         raise _Skip("one device")
     mesh = jax.sharding.Mesh(np.array(devices[:2]), ("d",))
     spec = jax.sharding.PartitionSpec("d")
-    batch = [jnp.stack([x, 0.5 * x]) for x in s.moving]
-    expected = jax.vmap(s.gradient)(*batch)
+    batch, expected = s.pairs
     placed = [jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)) for x in batch]
     _same(jax.jit(jax.vmap(s.gradient))(*placed), expected)
 
@@ -239,7 +282,7 @@ def _sharding(s: _Subject) -> str:
         lambda scale, *moved: scale * s.loss(*moved)[None], mesh=mesh, in_specs=(spec, *[replicated] * len(s.moving)), out_specs=spec
     )
     total = jax.grad(lambda *x: shared(jnp.array([1.0, 2.0]), *x).sum(), tuple(range(len(s.moving))))
-    _same(jax.jit(total)(*s.moving), [3 * g for g in s.gradient(*s.moving)])
+    _same(jax.jit(total)(*s.moving), [3 * g for g in s.expected])
     return "jit, shard_map"
 
 

@@ -22,6 +22,9 @@ from layers.core.function import Function
 
 Fn = Callable[..., Any]
 
+DIRECTIONS = 8
+"""Random directions for each input in fast mode."""
+
 
 class GradcheckError(RuntimeError):
     """A gradient that is not the derivative, or a rule that breaks a promise."""
@@ -144,14 +147,11 @@ def _check(p: _Problem, o: dict[str, Any]) -> None:
     if o["check_backward_ad"]:
         _check_promises(p, outputs, pull, o)
     directions = _directions(p, outputs) if o["fast_mode"] else None
-    for j, x in enumerate(p.inputs):
-        numerical = _numerical(p, j, o["eps"], directions)
-        for mode, wanted in (("backward", o["check_backward_ad"]), ("forward", o["check_forward_ad"])):
-            if not wanted:
-                continue
-            analytical = _analytical(p, j, outputs, pull, directions) if mode == "backward" else _forward(p, j, directions)
-            for i in range(len(outputs)):
-                _compare(p, mode, i, j, x, outputs[i], analytical[i], numerical[i], o)
+    numerical = _numerical(p, outputs, o["eps"], directions)
+    if o["check_backward_ad"]:
+        _compare_all(p, "backward", outputs, _analytical(p, outputs, pull, directions), numerical, o)
+    if o["check_forward_ad"]:
+        _compare_all(p, "forward", outputs, _forward(p, outputs, directions), numerical, o)
 
 
 def _check_promises(p: _Problem, outputs: list[Any], pull: Fn, o: dict[str, Any]) -> None:
@@ -190,8 +190,17 @@ def _check_each_output_alone(p: _Problem, cotangents: list[Any], whole: Sequence
             raise GradcheckError(f"backward does not handle an output without gradient: the gradient of {name} is not the sum over the outputs")
 
 
+def _compare_all(p: _Problem, mode: str, outputs: list[Any], analytical: np.ndarray, numerical: np.ndarray, o: dict[str, Any]) -> None:
+    """Compares two whole Jacobians, of all outputs by all inputs, block by block."""
+    rows = np.cumsum([0, *([1] * len(outputs) if o["fast_mode"] else map(_width, outputs))])
+    columns = np.cumsum([0, *([DIRECTIONS] * len(p.inputs) if o["fast_mode"] else map(_width, p.inputs))])
+    for j, x in enumerate(p.inputs):
+        for i, y in enumerate(outputs):
+            block = (slice(rows[i], rows[i + 1]), slice(columns[j], columns[j + 1]))
+            _compare(p, mode, i, j, x, y, analytical[block], numerical[block], o)
+
+
 def _compare(p: _Problem, mode: str, i: int, j: int, x: Any, y: Any, analytical: Any, numerical: Any, o: dict[str, Any]) -> None:
-    analytical, numerical = np.asarray(analytical), np.asarray(numerical)
     bad = ~(np.abs(analytical - numerical) <= o["atol"] + o["rtol"] * np.abs(numerical))
     if not bad.any():
         return
@@ -247,66 +256,75 @@ def _width(x: Any) -> int:
     return np.size(x) * (2 if jnp.iscomplexobj(x) else 1)
 
 
-def _directions(p: _Problem, outputs: list[Any]) -> dict[str, list[Any]]:
-    count = 8
-    right = [_draw(100 + j, (count, _width(x)), jnp.float64) for j, x in enumerate(p.inputs)]
-    left = [_draw(200 + i, (1, _width(y)), jnp.float64) for i, y in enumerate(outputs)]
-    return {"left": left, "right": right}
+def _vector(xs: Sequence[Any]) -> jax.Array:
+    """Arrays as one flat real vector."""
+    return jnp.concatenate([_as_pair(x) for x in xs])
 
 
-def _basis(p: _Problem, j: int, directions: Any) -> jax.Array:
-    return jnp.eye(_width(p.inputs[j])) if directions is None else directions["right"][j]
+def _arrays(v: Any, likes: Sequence[Any]) -> list[jax.Array]:
+    """The arrays that `_vector` makes this vector of."""
+    ends = np.cumsum([_width(x) for x in likes])[:-1]
+    return [_from_pair(part, x) for part, x in zip(jnp.split(v, ends), likes, strict=True)]
 
 
-def _projected(jacobian: Any, i: int, directions: Any) -> Any:
-    return jacobian if directions is None else directions["left"][i] @ jacobian
+def _directions(p: _Problem, outputs: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Random projections: one row for each output, `DIRECTIONS` rows for each input, zero elsewhere."""
+    right = [np.asarray(_draw(100 + j, (DIRECTIONS, _width(x)), jnp.float64)) for j, x in enumerate(p.inputs)]
+    left = [np.asarray(_draw(200 + i, (1, _width(y)), jnp.float64)) for i, y in enumerate(outputs)]
+    return _block_diagonal(left), _block_diagonal(right)
 
 
-def _with(p: _Problem, j: int, x: Any) -> list[Any]:
-    return [x if k == j else v for k, v in enumerate(p.inputs)]
+def _block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    whole = np.zeros((sum(b.shape[0] for b in blocks), sum(b.shape[1] for b in blocks)))
+    row = column = 0
+    for b in blocks:
+        whole[row : row + b.shape[0], column : column + b.shape[1]] = b
+        row, column = row + b.shape[0], column + b.shape[1]
+    return whole
 
 
-def _numerical(p: _Problem, j: int, eps: float, directions: Any) -> list[Any]:
-    """For each output a matrix with one column for each direction."""
+def _numerical(p: _Problem, outputs: list[Any], eps: float, directions: Any) -> np.ndarray:
+    """The Jacobian, a row for each entry of the outputs and a column for each of the inputs; or its projections."""
 
-    def column(v: Any) -> list[Any]:
-        step = _from_pair(eps * v, p.inputs[j])
-        after, before = p.outputs(*_with(p, j, p.inputs[j] + step)), p.outputs(*_with(p, j, p.inputs[j] - step))
-        return [(_as_pair(a) - _as_pair(b)) / (2 * eps) for a, b in zip(after, before, strict=True)]
+    def column(v: Any) -> Any:
+        steps = _arrays(eps * v, p.inputs)
+        after = p.outputs(*[x + s for x, s in zip(p.inputs, steps, strict=True)])
+        before = p.outputs(*[x - s for x, s in zip(p.inputs, steps, strict=True)])
+        return (_vector(after) - _vector(before)) / (2 * eps)
 
-    columns = _for_each(column, _basis(p, j, directions))
-    return [_projected(c.T, i, directions) for i, c in enumerate(columns)]
-
-
-def _forward(p: _Problem, j: int, directions: Any) -> list[Any]:
-    def column(v: Any) -> list[Any]:
-        tangent = _from_pair(v, p.inputs[j])
-        return [_as_pair(t) for t in jax.jvp(lambda x: p.outputs(*_with(p, j, x)), (p.inputs[j],), (tangent,))[1]]
-
-    columns = _for_each(column, _basis(p, j, directions))
-    return [_projected(c.T, i, directions) for i, c in enumerate(columns)]
+    return _by_columns(p, column, outputs, directions)
 
 
-def _analytical(p: _Problem, j: int, outputs: list[Any], pull: Fn, directions: Any) -> list[Any]:
-    rows = []
-    for i, y in enumerate(outputs):
+def _forward(p: _Problem, outputs: list[Any], directions: Any) -> np.ndarray:
+    def column(v: Any) -> Any:
+        return _vector(jax.jvp(p.outputs, p.inputs, _arrays(v, p.inputs))[1])
 
-        def row(v: Any, i: int = i, y: Any = y) -> Any:
-            cotangents = [_from_pair(v, y).conj() if k == i else jnp.zeros_like(o) for k, o in enumerate(outputs)]
-            return _as_pair(jnp.conj(pull(cotangents)[j]))
-
-        left = jnp.eye(_width(y)) if directions is None else directions["left"][i]
-        jacobian = _for_each(row, left)
-        rows.append(jacobian if directions is None else jacobian @ directions["right"][j].T)
-    return rows
+    return _by_columns(p, column, outputs, directions)
 
 
-def _for_each(fn: Fn, vectors: Any) -> Any:
-    """`fn` of every row, stacked; without `vmap` where `fn` cannot be batched."""
+def _by_columns(p: _Problem, column: Fn, outputs: list[Any], directions: Any) -> np.ndarray:
+    if directions is None:
+        return _for_each(column, np.eye(sum(map(_width, p.inputs))), sum(map(_width, outputs))).T
+    left, right = directions
+    return left @ _for_each(column, right, left.shape[1]).T
+
+
+def _analytical(p: _Problem, outputs: list[Any], pull: Fn, directions: Any) -> np.ndarray:
+    def row(v: Any) -> Any:
+        return _vector([jnp.conj(g) for g in pull([c.conj() for c in _arrays(v, outputs)])])
+
+    width = sum(map(_width, p.inputs))
+    if directions is None:
+        return _for_each(row, np.eye(sum(map(_width, outputs))), width)
+    left, right = directions
+    return _for_each(row, left, width) @ right.T
+
+
+def _for_each(fn: Fn, vectors: np.ndarray, width: int) -> np.ndarray:
+    """`fn` of every row, stacked: compiled, and without `vmap` where `fn` cannot be batched."""
     if not len(vectors):
-        return jax.tree.map(lambda s: jnp.zeros((0, *s.shape), s.dtype), jax.eval_shape(fn, jax.ShapeDtypeStruct(vectors.shape[1:], vectors.dtype)))
+        return np.zeros((0, width))
     try:
-        return jax.vmap(fn)(vectors)
+        return np.asarray(jax.jit(jax.vmap(fn))(jnp.asarray(vectors)))
     except Exception:
-        results = [fn(v) for v in vectors]
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *results)
+        return np.stack([np.asarray(fn(jnp.asarray(v))) for v in vectors])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -125,6 +126,8 @@ class Function:
             return outputs, _tangents(record, residuals, [t for t, m in zip(tangents, moving, strict=True) if m])
 
         primal.__name__ = primal.__qualname__ = call.name
+        primal.__signature__ = _ANY_ARRAYS  # type: ignore[attr-defined]  # JAX asks for it at each call, and to work it out takes long
+        rule.__signature__ = _PRIMALS_AND_TANGENTS  # type: ignore[attr-defined]
         f = jax.custom_jvp(primal)
         f.defjvp(rule, symbolic_zeros=True)
         outputs = f(*arrays)
@@ -160,6 +163,10 @@ class Function:
     @classmethod
     def _has_vmap(cls) -> bool:
         return cls.vmap is not Function.vmap
+
+
+_ANY_ARRAYS = inspect.Signature([inspect.Parameter("arrays", inspect.Parameter.VAR_POSITIONAL)])
+_PRIMALS_AND_TANGENTS = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("primals", "tangents")])
 
 
 def _tangents(record: Record, residuals: list[Any], moving: list[Any]) -> list[Any]:

@@ -3,6 +3,8 @@
 Forward   y = forward_fn(*args)
 Backward  dargs = the vector-Jacobian product of backward_fn at args with dy
 Saved     args.
+
+Reference: Neftci, Mostafa and Zenke, "Surrogate Gradient Learning in Spiking Neural Networks", 2019.
 """
 
 from __future__ import annotations

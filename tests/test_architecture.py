@@ -1,0 +1,125 @@
+"""The shape of the library, read from its source: who imports whom, where JAX's private parts are touched, one shape for each layer's file."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "layers"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FAMILIES = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name not in ("core", "check", "tools", "__pycache__")}
+OWN = {"layers.core": {"core"}, "layers.check": {"core", "check"}}
+FACADE = {"swap", "linen"}
+
+
+def place(path):
+    """The part of the library that a file belongs to: a family's or folder's name, or that of a file at the top."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """The modules that a file imports anywhere in it, with the line."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} is a relative import"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def may_import(part, other):
+    if part == "core":
+        return other == "core"
+    if part == "check":
+        return other in ("core", "check")
+    if part in FAMILIES:
+        return other in ("core", part)
+    if part in FACADE:
+        return other in FAMILIES | {"core", part}
+    return part in ("__init__", "__main__", "tools")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_file_imports_what_its_place_may(path):
+    part = place(path)
+    for name, line in imports(path):
+        if name == "layers" or name.startswith("layers."):
+            other = name.split(".")[1] if "." in name else "facade"
+            inside = part == "check" and path.name == "contract.py" and name == "layers"  # its catalogue walks the package
+            assert inside or may_import(part, other), f"{path.name}:{line} imports {name}, which {part} may not"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if place(p) == "core"], ids=lambda p: p.name)
+def test_core_knows_neither_flax_nor_anything_but_jax_and_numpy(path):
+    for name, line in imports(path):
+        top = name.split(".")[0]
+        assert top in {"jax", "numpy", "layers"} | set(sys.stdlib_module_names), f"{path.name}:{line} imports {name}"
+
+
+def test_private_parts_of_jax_are_touched_in_compat_only():
+    for path in FILES:
+        for name, line in imports(path):
+            assert not name.startswith("jax._src") or path.name == "compat.py", f"{path}:{line} imports {name}"
+
+
+def test_custom_vjp_is_used_by_the_benchmark_only():
+    users = [p for p in FILES if re.search(r"\bcustom_vjp\(|@jax\.custom_vjp", p.read_text())]
+    assert [p.name for p in users] == ["bench_function.py"]
+
+
+def test_there_is_no_import_cycle():
+    modules = {".".join(("layers", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in FILES}
+    graph = {
+        name: {m for found, _ in imports(path) for m in (found, found.rpartition(".")[0]) if m in modules and m != name}
+        for name, path in modules.items()
+    }
+    done: set[str] = set()
+
+    def visit(name, above):
+        assert name not in above, " -> ".join((*above[above.index(name) :], name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_facade_holds_one_explicit_line_for_each_name():
+    lines = [line for line in (PACKAGE / "__init__.py").read_text().splitlines()[1:] if line]
+    assert all(re.fullmatch(r"from layers(\.\w+)+ import (\w+) as \2", line) for line in lines)
+    assert lines == sorted(lines, key=lambda line: line.split(" import ")[0].split("."))
+
+
+def test_importing_the_library_needs_jax_flax_and_jaxtyping_only():
+    """`tools` and its dependencies are not loaded by `import layers`."""
+    code = "import sys, layers; print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert "layers" in loaded
+    assert not loaded & {"sklearn", "nbclient", "optimistix", "lineax", "torch", "pytest"}
+    assert "layers.tools" not in loaded
+
+
+def _layer_files():
+    for path in FILES:
+        if place(path) in FAMILIES and re.search(r"^class \w+Function\(\w*Function\):", path.read_text(), re.MULTILINE):
+            yield path
+
+
+@pytest.mark.parametrize("path", list(_layer_files()), ids=lambda p: p.stem)
+def test_layer_file_has_derivation_function_and_public_function_in_this_order(path):
+    tree = ast.parse(path.read_text())
+    text = ast.get_docstring(tree) or ""
+    assert "Reference" in text and re.search(r"[Ss]aved|[Kk]ept|Nothing", text), f"{path.name}: docstring without Saved or Reference"
+    functions = [n.lineno for n in tree.body if isinstance(n, ast.ClassDef) and n.name.endswith("Function")]
+    public = [n.lineno for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == path.stem]
+    modules = [
+        n.lineno for n in tree.body if isinstance(n, ast.ClassDef) and any("Module" in ast.unparse(b) or "nnx." in ast.unparse(b) for b in n.bases)
+    ]
+    assert public, f"{path.name} has no public function {path.stem}"
+    assert functions[0] < public[0]
+    assert all(public[0] < m for m in modules)
