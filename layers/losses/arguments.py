@@ -1,0 +1,84 @@
+"""What the losses ask of their arguments, and the shapes they come in: one row after another inside, any batch axes outside."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from layers.losses.targets import REDUCTIONS, Options
+
+
+def read_options(name: str, **options: Any) -> Options:
+    """The options, checked."""
+    given = Options(**options)
+    check_reduction(name, given.reduction)
+    check_block_size(name, given.block_size)
+    if not 0 <= given.label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing is {given.label_smoothing}, but must lie in [0, 1]")
+    if given.z_loss < 0:
+        raise ValueError(f"{name}: z_loss is {given.z_loss}, but must not be negative")
+    if given.logit_soft_cap is not None and not given.logit_soft_cap > 0:
+        raise ValueError(f"{name}: logit_soft_cap is {given.logit_soft_cap}, but must be positive: None is for no cap")
+    return given
+
+
+def check_reduction(name: str, reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction is {reduction!r}, but must be one of {', '.join(REDUCTIONS)}")
+
+
+def check_block_size(name: str, size: int | None) -> None:
+    if size is not None and size < 1:
+        raise ValueError(f"{name}: block_size is {size}, but a block has at least one row: None chooses")
+
+
+def check_floating(name: str, **arrays: Any) -> None:
+    for key, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name}: {key} is of dtype {x.dtype}, but must be of a real floating-point dtype: cast it, {key}.astype('float32')")
+
+
+def check_head(name: str, x: Any, kernel: Any, bias: Any, prefix: str = "") -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The arrays of a linear head, checked; `prefix` goes before their names in errors."""
+    x, kernel, bias = jnp.asarray(x), jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
+    check_floating(name, **{f"{prefix}{key}": a for key, a in (("x", x), ("kernel", kernel), ("bias", bias)) if a is not None})
+    if kernel.ndim != 2 or kernel.shape[1] == 0:
+        raise ValueError(f"{name}: {prefix}kernel has shape {kernel.shape}, but must be (features, vocab), with at least one class")
+    if x.ndim == 0 or x.shape[-1] != kernel.shape[0]:
+        hint = ": transpose it, kernel.T" if x.ndim and x.shape[-1] == kernel.shape[1] else ""
+        raise ValueError(f"{name}: {prefix}x has shape {x.shape}, but {prefix}kernel (features, vocab) has shape {kernel.shape}{hint}")
+    if bias is not None and bias.shape != kernel.shape[1:]:
+        raise ValueError(f"{name}: {prefix}bias has shape {bias.shape}, but {prefix}kernel (features, vocab) has shape {kernel.shape}")
+    return x, kernel, bias
+
+
+def check_labels(name: str, labels: Any, class_weights: Any, batch: tuple[int, ...], vocab: int) -> tuple[jax.Array, jax.Array | None]:
+    """Labels and class weights, checked; the weights as constants."""
+    labels = jnp.asarray(labels)
+    shape = (*batch, vocab) if jnp.issubdtype(labels.dtype, jnp.floating) else batch
+    if not jnp.issubdtype(labels.dtype, jnp.floating) and not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"{name}: labels are of dtype {labels.dtype}, but must be integers (classes) or floating-point (distributions)")
+    if labels.shape != shape:
+        kind = "distributions must have shape (*batch, vocab)" if len(shape) > len(batch) else "classes must have shape (*batch)"
+        raise ValueError(f"{name}: labels have dtype {labels.dtype} and shape {labels.shape}, but {kind} = {shape}")
+    if class_weights is None:
+        return labels, None
+    class_weights = jnp.asarray(class_weights)
+    if class_weights.shape != (vocab,):
+        raise ValueError(f"{name}: class_weights have shape {class_weights.shape}, but must be (vocab,) = ({vocab},)")
+    return labels, lax.stop_gradient(class_weights)
+
+
+def as_rows(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """`x` with one axis in place of the batch axes."""
+    return x.reshape(math.prod(batch), *x.shape[len(batch) :])
+
+
+def as_batch(outputs: Any, batch: tuple[int, ...]) -> Any:
+    """What a rule returned, without what is None, the rows in their batch axes; one array is itself."""
+    shaped = [y.reshape(*batch, *y.shape[1:]) if y.ndim else y for y in outputs if y is not None]
+    return shaped[0] if len(shaped) == 1 else tuple(shaped)

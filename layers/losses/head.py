@@ -1,0 +1,129 @@
+"""The linear map from features to a vocabulary, in blocks of rows: its logits, and the gradients that those of the logits give.
+
+    a = x kernel + bias,   dx = da kernelᵀ,   dkernel = Σ xᵀ da,   dbias = Σ da
+
+A block of logits is all that is ever there. dkernel adds up in float32 or wider over the blocks, in slices of the vocabulary, so that each is
+added where it stands and only one product of a slice's size is beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from layers.core.blocks import block_size, map_blocks, scan_blocks
+from layers.core.numerics import wide
+
+LOGITS_BYTES, SLICE_BYTES = 1 << 26, 1 << 23
+"""Of a float32 block of logits, and of a float32 slice of dkernel."""
+GROUP_BYTES = 1 << 20
+"""Of a float32 group of rows in which a block of logits is gone through."""
+LEAST_ROWS, MOST_ROWS = 32, 1024
+"""In a block: with few rows dkernel is read and written too often, with many the logits leave the caches."""
+
+
+class Head(NamedTuple):
+    """kernel (features, vocab), bias (vocab,) or None."""
+
+    kernel: jax.Array
+    bias: jax.Array | None
+
+    @property
+    def vocab(self) -> int:
+        return self.kernel.shape[1]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Those of a block of rows, in float32 or wider."""
+        a = dot(x, self.kernel, ((1,), (0,)))
+        return a if self.bias is None else a + self.bias.astype(a.dtype)
+
+
+def rows_in_block(rows: int, vocab: int, asked: int | None) -> int:
+    """How many of `rows` are in a block; `vocab` counts the logits of a row that are there at once."""
+    target = max(LEAST_ROWS, min(MOST_ROWS, LOGITS_BYTES // (4 * max(vocab, 1))))
+    return min(asked, max(rows, 1)) if asked else block_size(rows, target)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Which gradients of a head are wanted, and how they come from those of its logits."""
+
+    x: bool
+    kernel: bool
+    bias: bool
+
+    def start(self, head: Head, dtype: Any) -> Any:
+        """The sums over no rows."""
+        kernel = jnp.zeros(head.kernel.shape, dtype) if self.kernel else None
+        return kernel, jnp.zeros((head.vocab,), dtype) if self.bias else None
+
+    def add(self, sums: Any, da: jax.Array, x: jax.Array, head: Head) -> tuple[Any, jax.Array | None]:
+        """The sums with a block of rows more, and dx of these rows."""
+        dkernel, dbias = sums
+        dbias = dbias + da.sum(0) if self.bias else None
+        da = da.astype(jnp.promote_types(x.dtype, head.kernel.dtype))
+        dx = dot(da, head.kernel, ((1,), (1,))) if self.x else None
+        return (_add_product(dkernel, x, da) if self.kernel else None, dbias), dx
+
+    def tangent(self, x: jax.Array, dx: jax.Array, head: Head, dhead: Head) -> jax.Array:
+        """That of a block of logits, from those of x and the head."""
+        da = jnp.zeros((x.shape[0], head.vocab), wide(x.dtype))
+        da = da + dot(dx, head.kernel, ((1,), (0,))) if self.x else da
+        da = da + dot(x, dhead.kernel, ((1,), (0,))) if self.kernel else da
+        return da + dhead.bias.astype(da.dtype) if self.bias and dhead.bias is not None else da
+
+
+def fold(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, arrays: Any, *, block: int) -> tuple[Any, Any]:
+    """`scan_blocks`; differentiated once more, it computes each block again."""
+    return scan_blocks(jax.checkpoint(body, prevent_cse=False), carry, arrays, block=block)
+
+
+def by_groups(fn: Callable[[Any], Any], arrays: Any) -> Any:
+    """`fn(rows of arrays)` over groups of rows that stay in a core's cache; the first array is a block of logits."""
+    return map_blocks(fn, arrays, block=_rows_in_group(jax.tree.leaves(arrays)[0]))
+
+
+def replace_by_groups(fn: Callable[[jax.Array, Any], jax.Array], a: jax.Array, arrays: Any) -> jax.Array:
+    """`fn(rows of a, rows of arrays)` over such groups, in place of `a`.
+
+    `fn` has to be elementwise but for what it is given for each row: XLA copies all of `a` for each group that is read again after it is written.
+    """
+
+    def body(a: jax.Array, block: Any) -> tuple[jax.Array, None]:
+        places, arrays = block
+        new = fn(lax.dynamic_slice_in_dim(a, places[0], places.shape[0]), arrays)
+        return lax.dynamic_update_slice_in_dim(a, new, places[0], 0), None
+
+    return scan_blocks(body, a, (jnp.arange(a.shape[0]), arrays), block=_rows_in_group(a))[0] if a.shape[0] else a
+
+
+def _rows_in_group(a: jax.Array) -> int:
+    return block_size(a.shape[0], max(1, GROUP_BYTES // (4 * a.shape[1])))
+
+
+def dot(x: jax.Array, y: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+    """A product of matrices that adds up in float32 or wider."""
+    dtype = jnp.promote_types(x.dtype, y.dtype)
+    return lax.dot_general(x.astype(dtype), y.astype(dtype), (contract, ((), ())), preferred_element_type=wide(dtype))
+
+
+def _add_product(dkernel: jax.Array, x: jax.Array, da: jax.Array) -> jax.Array:
+    """dkernel + xᵀ da."""
+    features, vocab = dkernel.shape
+    width = block_size(vocab, max(1, SLICE_BYTES // (4 * max(features, 1))))
+
+    def add(dkernel: jax.Array, start: Any, width: int) -> jax.Array:
+        part = dot(x, lax.dynamic_slice_in_dim(da, start, width, 1), ((0,), (0,)))
+        return lax.dynamic_update_slice_in_dim(dkernel, lax.dynamic_slice_in_dim(dkernel, start, width, 1) + part, start, 1)
+
+    whole = vocab // width
+    if whole > 1:
+        dkernel, _ = lax.scan(lambda d, i: (add(d, i * width, width), None), dkernel, jnp.arange(whole))
+    elif whole:
+        dkernel = add(dkernel, 0, width)
+    return add(dkernel, whole * width, vocab - whole * width) if vocab % width else dkernel

@@ -1,0 +1,153 @@
+"""Cross entropy of logits, which keeps the logits and two numbers a row.
+
+    loss = the cross entropy of the rows of the logits, with its gradient, as in `rows.py`; their mean, sum, or each
+
+Both ways it goes in blocks of rows, so that nothing of the size of the logits is there but themselves and their gradient. The gradient is
+computed from the logits again, as p = exp(z - max) / total.
+
+Saved: the logits and labels (arguments), and for each row the largest logit and the sum of exp(z - max), in float32: in one number, the
+logsumexp, the digits that large logits need would be lost.
+
+Reference: `rows.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from layers.core.blocks import block_size as divide
+from layers.core.function import Function
+from layers.core.numerics import wide
+from layers.core.recompute import barrier
+from layers.losses import rows
+from layers.losses.arguments import as_batch, as_rows, check_floating, check_labels, read_options
+from layers.losses.head import fold
+from layers.losses.targets import Options, read_labels, reduced, scale_of
+
+BLOCK_BYTES = 1 << 20
+"""Of a float32 block of logits."""
+
+
+class SoftmaxCrossEntropyFunction(Function):
+    @staticmethod
+    def forward(ctx, logits, labels, class_weights, options):
+        targets = read_labels(labels, class_weights, logits.shape[1], options, wide(logits.dtype))
+
+        def of_rows(a, targets):
+            softmax = rows.softmax_of(rows.cap_logits(a, options))
+            hits = rows.row_hits(a, targets) if options.return_accuracy else None
+            return rows.row_losses(a, softmax, targets, class_weights, options), softmax, hits
+
+        loss, softmax, hits = _by_blocks(of_rows, logits, (targets,), options)
+        ctx.save_for_backward(logits, labels, class_weights, softmax)
+        ctx.options = options
+        return rows.outputs(ctx, loss, softmax, hits, targets, options)
+
+    @staticmethod
+    def backward(ctx, dloss, dlse, _):
+        (logits, labels, class_weights, softmax), (dloss, dlse) = barrier(ctx.saved_tensors, (dloss, dlse))
+        options, wants_labels = ctx.options, ctx.needs_input_grad[1]
+        targets = read_labels(labels, class_weights, logits.shape[1], options, wide(logits.dtype))
+        scale = scale_of(targets, options)
+        factor = jnp.broadcast_to(dloss if scale is None else dloss * scale, logits.shape[:1])
+
+        def of_rows(a, softmax, targets, dlse):
+            dlogits = rows.row_gradients(a, softmax, targets, class_weights, options, dlse).astype(logits.dtype)
+            return dlogits, rows.label_gradients(a, softmax, targets, class_weights, options) if wants_labels else None
+
+        dlogits, dlabels = _by_blocks(of_rows, logits, (softmax, targets.times(factor), dlse), options)
+        return dlogits, dlabels, None, None
+
+    @staticmethod
+    def jvp(ctx, dlogits, dlabels, *_):
+        logits, labels, class_weights, softmax = ctx.saved_tensors
+        options = ctx.options
+        targets = read_labels(labels, class_weights, logits.shape[1], options, wide(logits.dtype))
+
+        def of_rows(a, dlogits, dlabels, softmax, targets):
+            return rows.row_tangents(a, dlogits, dlabels, softmax, targets, class_weights, options)
+
+        dloss, dlse = _by_blocks(of_rows, logits, (dlogits, dlabels if ctx.needs_input_grad[1] else None, softmax, targets), options)
+        return reduced(dloss, targets, options), dlse if options.return_logsumexp else None, None
+
+    @staticmethod
+    def example(key, dtype):
+        options = Options(label_smoothing=0.1, z_loss=0.1, logit_soft_cap=3.0, return_logsumexp=True)
+        return jax.random.normal(key, (5, 7), dtype), jnp.array([2, 6, -100, 2, 0]), None, options
+
+
+def _by_blocks(fn: Callable[..., Any], logits: jax.Array, arrays: tuple[Any, ...], options: Options) -> Any:
+    """`fn(logits, *arrays)` of float32 or wider logits, in blocks of rows."""
+    target = max(1, BLOCK_BYTES // (4 * max(logits.shape[1], 1)))
+
+    def body(_: None, block: Any) -> Any:
+        places, arrays = block
+        a = _slice_rows(logits, places[0], places.shape[0]) if places.shape[0] else logits
+        return None, fn(a.astype(wide(a.dtype)), *arrays)
+
+    return fold(body, None, (jnp.arange(logits.shape[0]), arrays), block=options.block_size or divide(logits.shape[0], target))[1]
+
+
+def _slice_rows(x: jax.Array, start: Any, size: int) -> jax.Array:
+    """Rows of `x`. The barrier keeps XLA's CPU compiler from widening all of a bfloat16 `x` before the loop."""
+    x, start = lax.optimization_barrier((x, start))
+    return lax.dynamic_slice_in_dim(x, start, size)
+
+
+def softmax_cross_entropy(
+    logits: Float[Array, "*batch vocab"],
+    labels: Int[Array, "*batch"] | Float[Array, "*batch vocab"],
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_soft_cap: float | None = None,
+    class_weights: Float[Array, " vocab"] | None = None,
+    reduction: str = "mean",
+    return_logsumexp: bool = False,
+    return_accuracy: bool = False,
+    block_size: int | None = None,
+) -> Any:
+    """Computes the cross entropy of logits, with the weights, smoothing and mean of `torch.nn.functional.cross_entropy`.
+
+    Logits may be infinite: the gradient is finite, and classes with a logit of -inf get none. In a row whose largest logit is infinite, the
+    classes that reach it share all the probability.
+
+    Args:
+        logits: a row for each label.
+        labels, ignore_index, label_smoothing, z_loss, logit_soft_cap, class_weights, reduction, return_logsumexp, return_accuracy: as in
+            `linear_cross_entropy`.
+        block_size: rows in a block; None to choose so that one takes 1 MiB.
+
+    Returns:
+        The loss, a float32 scalar (or wider) or (*batch); with `return_logsumexp` and `return_accuracy` a tuple of it and these, in this order.
+
+    Raises:
+        ValueError: for shapes that do not fit, an unknown reduction, a value out of its range.
+        TypeError: where arrays are of the wrong dtype.
+    """
+    name = "softmax_cross_entropy"
+    options = read_options(
+        name,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_soft_cap=logit_soft_cap,
+        reduction=reduction,
+        return_logsumexp=return_logsumexp,
+        return_accuracy=return_accuracy,
+        block_size=block_size,
+    )
+    logits = jnp.asarray(logits)
+    check_floating(name, logits=logits)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name}: logits have shape {logits.shape}, but must be (*batch, vocab), with at least one class")
+    batch = logits.shape[:-1]
+    labels, class_weights = check_labels(name, labels, class_weights, batch, logits.shape[-1])
+    return as_batch(SoftmaxCrossEntropyFunction.apply(as_rows(logits, batch), as_rows(labels, batch), class_weights, options), batch)
