@@ -1,0 +1,1 @@
+"""Activations and gates, which keep their inputs at most."""

@@ -1,0 +1,52 @@
+"""The rectified linear unit.
+
+    y = max(x, 0)
+    dx = dy where x > 0, else 0
+
+Saved: where x > 0, one bit an element. x is not kept.
+
+Reference: Nair and Hinton, "Rectified Linear Units Improve Restricted Boltzmann Machines", 2010.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from layers.activations.arguments import check_real
+from layers.core.bits import pack_bits, unpack_bits
+from layers.core.function import Function
+
+
+class ReLUFunction(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(pack_bits(x > 0))
+        return jnp.maximum(x, 0)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (packed,) = ctx.saved_tensors
+        return jnp.where(unpack_bits(packed, dy.shape), dy, 0)
+
+    @staticmethod
+    def example(key, dtype):
+        return (jax.random.normal(key, (3, 5), dtype),)
+
+
+def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Computes max(x, 0), as `jax.nn.relu`; the gradient at 0 is 0.
+
+    Args:
+        x: any array.
+
+    Returns:
+        An array of the shape and dtype of `x`.
+
+    Raises:
+        TypeError: where `x` is not of a real floating-point dtype.
+    """
+    x = jnp.asarray(x)
+    check_real("relu", x=x)
+    return ReLUFunction.apply(x)

@@ -1,0 +1,56 @@
+"""The sigmoid linear unit, or swish.
+
+    y = x s,   s = σ(x)
+    dx = dy (s + x s (1 - s))
+
+Saved: x, alive anyway where it is an argument or the output of another layer; the rest is one elementwise pass from it, behind a barrier, so
+that XLA does not keep it from the forward pass.
+
+Reference: Elfwing et al., "Sigmoid-Weighted Linear Units", 2017; Ramachandran et al., "Searching for Activation Functions", 2017.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from layers.activations.arguments import check_real
+from layers.core.elementwise import SILU, elementwise
+from layers.core.function import Function
+from layers.core.recompute import barrier
+
+
+class SiLUFunction(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return elementwise(SILU.value, x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,), dy = barrier(ctx.saved_tensors, dy)
+        return elementwise(lambda dy, x: SILU.pull(x, dy), dy, x)
+
+    @staticmethod
+    def example(key, dtype):
+        return (2 * jax.random.normal(key, (3, 5), dtype),)
+
+
+def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Multiplies each element by its sigmoid: x σ(x), as `jax.nn.silu`.
+
+    In half precision it is computed in float32 and rounded once; value and gradient have their limits at ±inf.
+
+    Args:
+        x: any array.
+
+    Returns:
+        An array of the shape and dtype of `x`.
+
+    Raises:
+        TypeError: where `x` is not of a real floating-point dtype.
+    """
+    x = jnp.asarray(x)
+    check_real("silu", x=x)
+    return SiLUFunction.apply(x)

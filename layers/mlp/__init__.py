@@ -1,0 +1,1 @@
+"""Multilayer perceptrons as one layer: matmul, activation, matmul."""

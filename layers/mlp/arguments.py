@@ -1,0 +1,56 @@
+"""What the perceptrons ask of their arguments, and the shapes they come in."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layers.core.elementwise import ACTIVATIONS
+
+SAVE = ("inputs", "preactivations")
+
+
+def check_options(name: str, activation: str, save: str, size: int | None) -> None:
+    """Raises unless each is one that there is."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: activation is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}")
+    if save not in SAVE:
+        raise ValueError(f"{name}: save is {save!r}, but must be one of {', '.join(SAVE)}")
+    if size is not None and size < 1:
+        raise ValueError(f"{name}: block_size is {size}, but a block has at least one row: None chooses")
+
+
+def check_arrays(name: str, x: jax.Array, ups: dict[str, jax.Array], down_kernel: jax.Array, **biases: jax.Array | None) -> None:
+    """Raises unless all arrays are real and floating and their shapes fit: `ups` are (in_features, hidden), by name."""
+    for key, a in {"x": x, **ups, "down_kernel": down_kernel, **biases}.items():
+        if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
+            raise TypeError(f"{name}: {key} is of dtype {a.dtype}, but must be of a real floating-point dtype: cast it, {key}.astype('float32')")
+    if x.ndim == 0:
+        raise ValueError(f"{name}: x is a scalar, but needs a last axis of features")
+    if down_kernel.ndim != 2:
+        raise ValueError(f"{name}: down_kernel has shape {down_kernel.shape}, but must be (hidden_features, out_features)")
+    hidden, out = down_kernel.shape
+    for key, kernel in ups.items():
+        if kernel.shape != (x.shape[-1], hidden):
+            hint = ": transpose it, " + f"{key}.T" if kernel.shape == (hidden, x.shape[-1]) else ""
+            raise ValueError(
+                f"{name}: {key} has shape {kernel.shape}, but must be (in_features, hidden_features) = {(x.shape[-1], hidden)} "
+                f"(x: {x.shape}, down_kernel: {down_kernel.shape}){hint}"
+            )
+    for key, bias in biases.items():
+        size = out if key == "down_bias" else hidden
+        if bias is not None and bias.shape != (size,):
+            raise ValueError(f"{name}: {key} has shape {bias.shape}, but must be {(size,)} (down_kernel: {down_kernel.shape})")
+
+
+def as_arrays(*arrays: Any) -> list[Any]:
+    """JAX arrays of all that is not None."""
+    return [None if a is None else jnp.asarray(a) for a in arrays]
+
+
+def as_rows(x: jax.Array) -> jax.Array:
+    """`x` with one axis in place of the batch axes."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -1,0 +1,137 @@
+"""The two halves of a multilayer perceptron, forward and back, in blocks of rows.
+
+    a_i = x kernel_i + bias_i,   h = hidden(a_1, ...),   y = h down_kernel + down_bias
+
+A block of h, and of the a that are not saved, is all that is ever there. Going back, with dy given,
+
+    dh = dy down_kernelᵀ,   ddown_kernel = Σ hᵀ dy,   ddown_bias = Σ dy
+    da_i = dh ∂hidden/∂a_i,   dkernel_i = Σ xᵀ da_i,   dbias_i = Σ da_i,   dx = Σ_i da_i kernel_iᵀ
+
+where the sums of all blocks add up in float32 or wider. The loop is what makes the saving real: of recomputed products that stand free, XLA
+finds that forward has them already, and keeps those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from layers.core.blocks import block_size, map_blocks, scan_blocks
+from layers.core.numerics import wide
+from layers.core.recompute import barrier
+
+HIDDEN_BYTES = 1 << 22
+"""Of a float32 block of the hidden layer."""
+LEAST_ROWS = 128
+"""In a block: with fewer the kernels and the sums of their gradients are read too often."""
+
+
+class Affine(NamedTuple):
+    """kernel (inputs, outputs), bias (outputs,) or None; or what is to be known of each, gradients or flags."""
+
+    kernel: Any
+    bias: Any
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """In float32 or wider."""
+        a = dot(x, self.kernel, 1, 0)
+        return a if self.bias is None else a + self.bias.astype(a.dtype)
+
+    def add(self, x: Any, dy: jax.Array) -> Affine:
+        """These sums of gradients, those that are not None, with those of a block of rows added: input x, gradient dy of the output."""
+        kernel = None if self.kernel is None else self.kernel + dot(x, dy.astype(x.dtype), 0, 0).astype(self.kernel.dtype)
+        return Affine(kernel, None if self.bias is None else self.bias + dy.astype(self.bias.dtype).sum(0))
+
+
+class Hidden(NamedTuple):
+    """What stands between the products.
+
+    Attributes:
+        value: h of one array a, or of several.
+        pull: `(dh, *a)` to the gradient of each a.
+    """
+
+    value: Callable[..., jax.Array]
+    pull: Callable[..., tuple[jax.Array, ...]]
+
+
+class Plan(NamedTuple):
+    """How it is computed.
+
+    Attributes:
+        hidden: what stands between the products.
+        keep: whether the a are kept for backward.
+        block: rows in a block; None to choose.
+        dtype: of the operands of the products and of the output; None for the common one of the arrays.
+    """
+
+    hidden: Hidden
+    keep: bool
+    block: int | None = None
+    dtype: Any = None
+
+    def rows_in_block(self, rows: int, hidden_features: int) -> int:
+        if self.block is not None:
+            return min(self.block, max(rows, 1))
+        return block_size(rows, max(LEAST_ROWS, HIDDEN_BYTES // (4 * max(hidden_features, 1))))
+
+
+def dot(x: jax.Array, y: jax.Array, i: int, j: int) -> jax.Array:
+    """The product of two matrices over axis i of the one and j of the other, added up in float32 or wider."""
+    return lax.dot_general(x, y, (((i,), (j,)), ((), ())), preferred_element_type=wide(x.dtype))
+
+
+def run(x: jax.Array, ups: Sequence[Affine], down: Affine, plan: Plan) -> tuple[jax.Array, Any]:
+    """y, and the a if they are to be kept."""
+    dtype = plan.dtype or jnp.result_type(x, *jax.tree.leaves((ups, down)))
+    ups, down = _cast((ups, down), dtype)
+
+    def block(x: jax.Array) -> tuple[jax.Array, Any]:
+        a = [up(x.astype(dtype)) for up in ups]
+        y = down(plan.hidden.value(*a).astype(dtype))
+        return y.astype(dtype), [a.astype(dtype) for a in a] if plan.keep else None
+
+    return map_blocks(block, x, block=plan.rows_in_block(x.shape[0], down.kernel.shape[0]))
+
+
+def run_back(
+    dy: jax.Array, x: jax.Array, kept: Any, ups: Sequence[Affine], down: Affine, plan: Plan, needs: tuple[bool, Sequence[Affine], Affine]
+) -> tuple[Any, Sequence[Affine], Affine]:
+    """The gradients of x, ups and down, those that `needs` asks for, None for the others."""
+    needs_x, needs_ups, needs_down = needs
+    dtype, rows = dy.dtype, plan.rows_in_block(dy.shape[0], down.kernel.shape[0])
+    if rows >= dy.shape[0]:  # there is no loop to protect what is recomputed
+        (x, kept, ups, down), dy = barrier((x, kept, ups, down), dy)
+    start = [_zeros(up, n) for up, n in zip(ups, needs_ups, strict=True)], _zeros(down, needs_down)
+    (ups, down), needs_up = _cast((ups, down), dtype), any(any(n) for n in needs_ups)
+
+    def block(sums: Any, given: Any) -> tuple[Any, Any]:
+        dy, x, a = given
+        dups, ddown = sums
+        x_ = x.astype(dtype)
+        a = [up(x_) for up in ups] if a is None else [a.astype(wide(dtype)) for a in a]
+        if needs_down.kernel:
+            ddown = ddown.add(plan.hidden.value(*a).astype(dtype), dy)
+        elif needs_down.bias:
+            ddown = ddown.add(None, dy)
+        if not needs_x and not needs_up:
+            return (dups, ddown), None
+        da = plan.hidden.pull(dot(dy, down.kernel, 1, 1), *a)
+        dups = [dup.add(x_, d) for dup, d in zip(dups, da, strict=True)]
+        dx = jnp.asarray(sum(dot(d.astype(dtype), up.kernel, 1, 1) for d, up in zip(da, ups, strict=True))).astype(x.dtype) if needs_x else None
+        return (dups, ddown), dx
+
+    (dups, ddown), dx = scan_blocks(block, start, (dy, x, kept), block=rows)
+    return dx, dups, ddown
+
+
+def _cast(parameters: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda p: p.astype(dtype), parameters)
+
+
+def _zeros(like: Affine, needs: Affine) -> Affine:
+    return Affine(*(jnp.zeros(p.shape, wide(p.dtype)) if p is not None and n else None for p, n in zip(like, needs, strict=True)))

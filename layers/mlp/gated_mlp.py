@@ -1,0 +1,161 @@
+"""A multilayer perceptron whose hidden layer is gated, as one layer.
+
+    g = x gate_kernel + gate_bias,   u = x up_kernel + up_bias,   h = f(g) u,   y = h down_kernel + down_bias
+
+    dh = dy down_kernelᵀ,   dg = dh u f'(g),   du = dh f(g),   dx = dg gate_kernelᵀ + du up_kernelᵀ
+    dgate_kernel = xᵀ dg,   dup_kernel = xᵀ du,   ddown_kernel = hᵀ dy,   and the biases' the sums of dg, du, dy
+
+in blocks of rows (`blocks.py`), with f and its derivative from `core/elementwise.py`.
+
+Saved: the arguments; with `save="preactivations"` also g and u, which spares backward two products of matrices of eight. h is never kept.
+
+Reference: Shazeer, "GLU Variants Improve Transformer", 2020; for the recomputation in tiles, Hsu et al., "Liger Kernel", 2024.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
+from jaxtyping import Array, Float
+
+from layers.core.elementwise import ACTIVATIONS
+from layers.core.function import Function
+from layers.mlp.arguments import as_arrays, as_rows, check_arrays, check_options
+from layers.mlp.blocks import Affine, Hidden, Plan, run, run_back
+
+HIDDEN = {
+    name: Hidden(lambda g, u, f=f: f.value(g) * u, lambda dh, g, u, f=f: (f.pull(g, dh * u), dh * f.value(g))) for name, f in ACTIVATIONS.items()
+}
+"""h = f(g) u, dg = dh u f'(g) and du = dh f(g)."""
+
+
+class GatedMLPFunction(Function):
+    @staticmethod
+    def forward(ctx, x, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, plan):
+        y, kept = run(x, [Affine(gate_kernel, gate_bias), Affine(up_kernel, up_bias)], Affine(down_kernel, down_bias), plan)
+        ctx.save_for_backward(x, kept, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias)
+        ctx.plan = plan
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, kept, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias = ctx.saved_tensors
+        needs_x, gate, up, down, gate_b, up_b, down_b = ctx.needs_input_grad[:7]
+        ups, needs = [Affine(gate_kernel, gate_bias), Affine(up_kernel, up_bias)], [Affine(gate, gate_b), Affine(up, up_b)]
+        ends = Affine(down_kernel, down_bias), ctx.plan, (needs_x, needs, Affine(down, down_b))
+        dx, (dgate, dup), ddown = run_back(dy, x, kept, ups, *ends)
+        return dx, dgate.kernel, dup.kernel, ddown.kernel, dgate.bias, dup.bias, ddown.bias, None
+
+    @staticmethod
+    def example(key, dtype):
+        shapes = (5, 3), (3, 7), (3, 7), (7, 4), (7,), (7,), (4,)
+        arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 7), shapes, strict=True)]
+        return *arrays, Plan(HIDDEN["silu"], keep=True, block=2)
+
+
+def gated_mlp(
+    x: Float[Array, "*batch in_features"],
+    gate_kernel: Float[Array, "in_features hidden_features"],
+    up_kernel: Float[Array, "in_features hidden_features"],
+    down_kernel: Float[Array, "hidden_features out_features"],
+    gate_bias: Float[Array, " hidden_features"] | None = None,
+    up_bias: Float[Array, " hidden_features"] | None = None,
+    down_bias: Float[Array, " out_features"] | None = None,
+    *,
+    activation: str = "silu",
+    save: str = "preactivations",
+    dtype: Any = None,
+    block_size: int | None = None,
+) -> Float[Array, "*batch out_features"]:
+    """Computes `(f(x @ gate_kernel) * (x @ up_kernel)) @ down_kernel` without ever holding the hidden layer whole.
+
+    Products add up in float32 or wider, and so do the gradients of the kernels over the blocks of rows; those of parameters that are not
+    differentiated are not computed.
+
+    Args:
+        x: rows of features.
+        gate_kernel: to what goes through the activation.
+        up_kernel: to what is multiplied by it.
+        down_kernel: from the hidden layer.
+        gate_bias: is added to the first product; or None.
+        up_bias: is added to the second; or None.
+        down_bias: is added at the end; or None.
+        activation: f, as in `mlp`: "silu" makes a SwiGLU, "gelu" a GEGLU.
+        save: what stays for backward: "preactivations", both products, which then costs what that of autodiff costs; or "inputs", nothing but
+            the arguments, and backward computes both again.
+        dtype: that of the products and the output; by default the common one of the arrays.
+        block_size: rows in a block; None to choose so that a block of the hidden layer stays in the caches.
+
+    Returns:
+        `(*batch, out_features)`.
+
+    Raises:
+        ValueError: for shapes that do not fit, an unknown activation or `save`.
+        TypeError: where an array is not of a real floating-point dtype.
+    """
+    x, gate_kernel, up_kernel, down_kernel = as_arrays(x, gate_kernel, up_kernel, down_kernel)
+    biases = as_arrays(gate_bias, up_bias, down_bias)
+    check_options("gated_mlp", activation, save, block_size)
+    kernels = {"gate_kernel": gate_kernel, "up_kernel": up_kernel}
+    check_arrays("gated_mlp", x, kernels, down_kernel, gate_bias=biases[0], up_bias=biases[1], down_bias=biases[2])
+    plan = Plan(HIDDEN[activation], save == "preactivations", block_size, dtype)
+    y = GatedMLPFunction.apply(as_rows(x), gate_kernel, up_kernel, down_kernel, *biases, plan)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class GatedMLP(nnx.Module):
+    """A gated multilayer perceptron, by `gated_mlp`; parameters as those of three `flax.nnx.Linear` named `gate`, `up` and `down`.
+
+    Args:
+        in_features: of the input.
+        hidden_features: of the hidden layer.
+        out_features: of the output; None for those of the input.
+        activation: as in `gated_mlp`.
+        use_bias: whether the linear maps have a bias.
+        dtype: of the computation; by default the common one of input and parameters.
+        param_dtype: of the parameters.
+        kernel_init: makes the kernels.
+        bias_init: makes the biases.
+        save: what stays for backward, as in `gated_mlp`.
+        block_size: as in `gated_mlp`.
+        rngs: where random numbers come from.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        *,
+        activation: str = "silu",
+        use_bias: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Any = default_kernel_init,
+        bias_init: Any = default_bias_init,
+        save: str = "preactivations",
+        block_size: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_options("GatedMLP", activation, save, block_size)
+        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init, "rngs": rngs}
+        self.gate = nnx.Linear(in_features, hidden_features, **options)
+        self.up = nnx.Linear(in_features, hidden_features, **options)
+        self.down = nnx.Linear(hidden_features, out_features or in_features, **options)
+        self.activation, self.save, self.dtype, self.block_size = activation, save, dtype, block_size
+
+    def __call__(self, x: Any) -> jax.Array:
+        maps = self.gate, self.up, self.down
+        return gated_mlp(
+            x,
+            *(m.kernel[...] for m in maps),
+            *(None if m.bias is None else m.bias[...] for m in maps),
+            activation=self.activation,
+            save=self.save,
+            dtype=self.dtype,
+            block_size=self.block_size,
+        )

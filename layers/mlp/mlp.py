@@ -1,0 +1,155 @@
+"""A multilayer perceptron with one hidden layer, as one layer.
+
+    a = x up_kernel + up_bias,   h = f(a),   y = h down_kernel + down_bias
+
+    dh = dy down_kernelᵀ,   da = dh f'(a),   dx = da up_kernelᵀ
+    dup_kernel = xᵀ da,   dup_bias = Σ da,   ddown_kernel = hᵀ dy,   ddown_bias = Σ dy
+
+in blocks of rows (`blocks.py`), with f and its derivative from `core/elementwise.py`.
+
+Saved: the arguments; with `save="preactivations"` also a, which spares backward one product of matrices of six. h is never kept.
+
+Reference: Rumelhart, Hinton and Williams, "Learning Representations by Back-Propagating Errors", 1986; for the recomputation in tiles,
+Hsu et al., "Liger Kernel", 2024.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.linear import default_bias_init, default_kernel_init
+from jaxtyping import Array, Float
+
+from layers.core.elementwise import ACTIVATIONS
+from layers.core.function import Function
+from layers.mlp.arguments import as_arrays, as_rows, check_arrays, check_options
+from layers.mlp.blocks import Affine, Hidden, Plan, run, run_back
+
+HIDDEN = {name: Hidden(f.value, lambda dh, a, f=f: (f.pull(a, dh),)) for name, f in ACTIVATIONS.items()}
+"""h = f(a) and da = dh f'(a)."""
+
+
+class MLPFunction(Function):
+    @staticmethod
+    def forward(ctx, x, up_kernel, down_kernel, up_bias, down_bias, plan):
+        y, a = run(x, [Affine(up_kernel, up_bias)], Affine(down_kernel, down_bias), plan)
+        ctx.save_for_backward(x, a, up_kernel, down_kernel, up_bias, down_bias)
+        ctx.plan = plan
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, a, up_kernel, down_kernel, up_bias, down_bias = ctx.saved_tensors
+        needs_x, up, down, up_b, down_b = ctx.needs_input_grad[:5]
+        ups, needs = [Affine(up_kernel, up_bias)], (needs_x, [Affine(up, up_b)], Affine(down, down_b))
+        dx, (dup,), ddown = run_back(dy, x, a, ups, Affine(down_kernel, down_bias), ctx.plan, needs)
+        return dx, dup.kernel, ddown.kernel, dup.bias, ddown.bias, None
+
+    @staticmethod
+    def example(key, dtype):
+        shapes = (5, 3), (3, 7), (7, 4), (7,), (4,)
+        arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 5), shapes, strict=True)]
+        return *arrays, Plan(HIDDEN["gelu"], keep=False, block=2)
+
+
+def mlp(
+    x: Float[Array, "*batch in_features"],
+    up_kernel: Float[Array, "in_features hidden_features"],
+    down_kernel: Float[Array, "hidden_features out_features"],
+    up_bias: Float[Array, " hidden_features"] | None = None,
+    down_bias: Float[Array, " out_features"] | None = None,
+    *,
+    activation: str = "gelu",
+    save: str = "preactivations",
+    dtype: Any = None,
+    block_size: int | None = None,
+) -> Float[Array, "*batch out_features"]:
+    """Computes `f(x @ up_kernel + up_bias) @ down_kernel + down_bias` without ever holding the hidden layer whole.
+
+    Products add up in float32 or wider, and so do the gradients of the kernels over the blocks of rows; those of parameters that are not
+    differentiated are not computed.
+
+    Args:
+        x: rows of features.
+        up_kernel: to the hidden layer.
+        down_kernel: from it.
+        up_bias: is added before the activation; or None.
+        down_bias: is added at the end; or None.
+        activation: f, the name of one in `jax.nn`: "gelu" (by a hyperbolic tangent), "gelu_exact", "relu", "silu", "relu_squared" (of relu),
+            "mish", "softplus", "tanh".
+        save: what stays for backward: "preactivations", which then costs what that of autodiff costs; or "inputs", nothing but the arguments,
+            and backward computes the hidden layer again, one product of matrices more.
+        dtype: that of the products and the output; by default the common one of the arrays.
+        block_size: rows in a block; None to choose so that a block of the hidden layer stays in the caches.
+
+    Returns:
+        `(*batch, out_features)`.
+
+    Raises:
+        ValueError: for shapes that do not fit, an unknown activation or `save`.
+        TypeError: where an array is not of a real floating-point dtype.
+    """
+    x, up_kernel, down_kernel, up_bias, down_bias = as_arrays(x, up_kernel, down_kernel, up_bias, down_bias)
+    check_options("mlp", activation, save, block_size)
+    check_arrays("mlp", x, {"up_kernel": up_kernel}, down_kernel, up_bias=up_bias, down_bias=down_bias)
+    plan = Plan(HIDDEN[activation], save == "preactivations", block_size, dtype)
+    y = MLPFunction.apply(as_rows(x), up_kernel, down_kernel, up_bias, down_bias, plan)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class MLP(nnx.Module):
+    """A multilayer perceptron with one hidden layer, by `mlp`; parameters as those of two `flax.nnx.Linear` named `up` and `down`.
+
+    Args:
+        in_features: of the input.
+        hidden_features: of the hidden layer.
+        out_features: of the output; None for those of the input.
+        activation: as in `mlp`.
+        use_bias: whether both linear maps have a bias.
+        dtype: of the computation; by default the common one of input and parameters.
+        param_dtype: of the parameters.
+        kernel_init: makes the kernels.
+        bias_init: makes the biases.
+        save: what stays for backward, as in `mlp`.
+        block_size: as in `mlp`.
+        rngs: where random numbers come from.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        *,
+        activation: str = "gelu",
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Any = default_kernel_init,
+        bias_init: Any = default_bias_init,
+        save: str = "preactivations",
+        block_size: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_options("MLP", activation, save, block_size)
+        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init, "rngs": rngs}
+        self.up = nnx.Linear(in_features, hidden_features, **options)
+        self.down = nnx.Linear(hidden_features, out_features or in_features, **options)
+        self.activation, self.save, self.dtype, self.block_size = activation, save, dtype, block_size
+
+    def __call__(self, x: Any) -> jax.Array:
+        up, down = self.up, self.down
+        return mlp(
+            x,
+            up.kernel[...],
+            down.kernel[...],
+            None if up.bias is None else up.bias[...],
+            None if down.bias is None else down.bias[...],
+            activation=self.activation,
+            save=self.save,
+            dtype=self.dtype,
+            block_size=self.block_size,
+        )
