@@ -1,0 +1,93 @@
+"""The minimum of f(x, θ) over x, differentiated without its iterates.
+
+    F = -∇f,   A = H, the Hessian of f in x,   H λ = dx̄,   dθ̄ = -(∂∇f / ∂θ)ᵀ λ
+
+The derivation is in `layers/implicit/rule.py`. H is used through products with vectors only.
+
+Saved     x and θ; of the iterates none.
+
+Reference: Blondel et al., "Efficient and Modular Implicit Differentiation", 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layers.implicit.linear import LinearSystem
+from layers.implicit.minimizers import LBFGS, NewtonCG
+from layers.implicit.options import checked, forward_solver, linear_system
+from layers.implicit.rule import Convergence, Equation, ImplicitFunction
+from layers.implicit.solvers import Iteration
+from layers.implicit.traced import trace_scalar
+
+SOLVERS = {"newton": NewtonCG(), "lbfgs": LBFGS()}
+
+
+class ArgminFunction(ImplicitFunction):
+    @staticmethod
+    def example(key, dtype):
+        def objective(x, theta):
+            w, u = theta
+            return jnp.sum(x[0] ** 2 / 2 - u * x[0]) + jnp.sum(jnp.cos(x[0] @ w)) / 2
+
+        keys = jax.random.split(key, 3)
+        x0, u = (jax.random.normal(k, (2, 3), dtype) for k in keys[:2])
+        w = jax.random.normal(keys[2], (3, 3), dtype) / 3
+        linear = LinearSystem("ArgminFunction", Iteration())
+        return Equation("ArgminFunction", jax.grad(objective), False, Iteration(), linear), [x0], (w, u)
+
+
+def argmin(
+    f: Callable[..., Any],
+    x0: Any,
+    *args: Any,
+    solver: Any = "newton",
+    tol: float | None = None,
+    max_steps: int = 100,
+    backward: Any = "cg",
+    backward_tol: float | None = None,
+    backward_steps: int | None = None,
+    throw: bool = False,
+) -> tuple[Any, Convergence]:
+    """Finds an x where f(x, *args) is least, differentiable in `args` and in all that `f` closes over, whatever the solver.
+
+    The gradient is that of the minimum near which the solver stopped, which has to be a strict one; that of `x0` is 0. It is exact to
+    `backward_tol`, or else NaN: so where the Hessian is singular, and with "cg" where it is not positive definite.
+
+    Args:
+        f: a JAX function that returns a real scalar and is twice differentiable in x. It may close over traced arrays and modules.
+        x0: where the solver starts: real arrays or a pytree of them.
+        *args: further arguments of f.
+        solver: "newton" (with conjugate gradients and halved steps), "lbfgs" (of optax), one of `NewtonCG`, `LBFGS`, or a solver object of
+            optimistix, a minimiser or a root finder.
+        tol: the solver stops where rms(∇f(x)) ≤ tol (1 + rms(x)). By default eps^(3/4) of the dtype of x: 6e-6 for float32.
+        max_steps: the most steps of the solver.
+        backward: how the linear system of the gradient is solved: "cg", "gmres", "anderson", "broyden", "iteration", one of the classes of
+            these names, or a solver object of lineax.
+        backward_tol: the residual of that, relative to its right-hand side. By default eps^(2/3).
+        backward_steps: the most products of the Hessian with a vector, by default 200.
+        throw: raises where the solve, or the linear solve of its derivative, did not converge.
+
+    Returns:
+        `(x, convergence)`, as `fixed_point` does.
+
+    Raises:
+        ValueError: where f is not a real scalar, or an option is out of range. TypeError: where x0 is not of floating-point dtype.
+            ConvergenceError: see `throw`; inside `jax.jit` it is the cause of a JaxRuntimeError.
+
+    Reference: Blondel et al., "Efficient and Modular Implicit Differentiation", 2022.
+    """
+    checked("argmin", tol=tol, max_steps=max_steps, backward_tol=backward_tol, backward_steps=backward_steps)
+    traced = trace_scalar("argmin", f, x0, args)
+    if any(jnp.iscomplexobj(x) for x in traced.x):
+        raise TypeError("argmin: x0 is complex, but must be real; minimise over its real and imaginary part")
+    linear = linear_system("argmin", backward, backward_tol, backward_steps, throw)
+    chosen = forward_solver("argmin", solver, SOLVERS)
+    objective = lambda x, theta: traced.call(x, theta)[0]
+    equation = Equation("argmin", jax.grad(objective), False, chosen, linear, tol, max_steps, throw, objective)
+    x, convergence = ArgminFunction.apply(equation, traced.x, traced.theta)
+    return traced.structure.unflatten(x), convergence

@@ -1,0 +1,166 @@
+"""The derivative of a solution by the implicit function theorem.
+
+    F(x, θ) = 0,   so   F_x dx + F_θ dθ = 0,   dx = A⁻¹ F_θ dθ   with A = -F_x
+
+Forward   x from any solver, which the derivative does not depend on
+Backward  Aᵀ λ = dx̄,   dθ̄ = F_θᵀ λ;   the gradient of the starting point is 0
+Tangent   A dx = F_θ dθ
+
+A is used through products only: F is linearised once at (x, θ), and each step of the linear solver is one product with its transpose. For a
+fixed point, F = f - x and A = 1 - f_x.
+
+Saved     x and θ. No iterate is kept, so memory does not grow with the number of steps.
+
+The solution that is saved comes from a call of this rule, and the linear systems are solved by `jax.lax.custom_linear_solve`: so derivatives of
+any order are right, in both modes.
+
+Reference: Bai, Kolter and Koltun, "Deep Equilibrium Models", 2019; Blondel et al., "Efficient and Modular Implicit Differentiation", 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.core import compat
+from layers.core.function import Function
+from layers.core.numerics import wide
+from layers.core.recompute import barrier
+from layers.implicit import vectors as v
+from layers.implicit.failure import raise_unless
+from layers.implicit.linear import LinearSystem, default_tolerance
+from layers.implicit.solvers import System
+from layers.implicit.vectors import Map, Vector
+
+
+class Convergence(NamedTuple):
+    """How a solve ended.
+
+    Attributes:
+        residual: the root mean square of F(x) divided by 1 plus that of x; what `tol` bounds.
+        iterations: the steps that the solver took.
+        converged: whether the residual is within `tol`.
+    """
+
+    residual: Any
+    iterations: Any
+    converged: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """F(x, θ) = 0 and how to solve it. All arrays are in θ.
+
+    Attributes:
+        name: the public function, for messages.
+        function: `(x, theta) -> f`, x and f lists of arrays of the same shapes.
+        fixed: whether F = f - x, a fixed point; else F = -f, a root.
+        solver: has `solve(system, x) -> Solved`.
+        linear: solves the linear systems of the derivative.
+        tol: of the solver; None for eps^(3/4) of the dtype of x.
+        max_steps: the most steps of the solver.
+        throw: whether a solve that did not converge raises.
+        objective: `(x, theta) -> scalar` whose gradient is f, where there is one.
+    """
+
+    name: str
+    function: Callable[[Any, Any], Any]
+    fixed: bool
+    solver: Any
+    linear: LinearSystem
+    tol: float | None = None
+    max_steps: int = 100
+    throw: bool = False
+    objective: Callable[[Any, Any], Any] | None = None
+
+    def wide(self, dtypes: Sequence[Any]) -> Callable[[Vector, Any], Vector]:
+        """f from and to arrays of float32 or wider, seeing them in these dtypes."""
+        return lambda x, theta: widen(self.function(cast(x, dtypes), theta))
+
+    def solve(self, x0: Vector, theta: Any) -> tuple[Vector, Convergence]:
+        """The solution and how it was reached; not differentiable."""
+        dtypes = [x.dtype for x in x0]
+        tol = default_tolerance(dtypes) if self.tol is None else self.tol
+        f, objective = self.wide(dtypes), self.objective
+        x0 = widen(x0)
+        if any(compat.varying_axes(jax.typeof(a)) for a in jax.tree.leaves((x0, theta))):
+            x0 = compat.vary_like(x0, lambda x: f(x, theta))
+        system = System(
+            (lambda x: v.minus(f(x, theta), x)) if self.fixed else (lambda x: v.times(-1, f(x, theta))),
+            lambda x, r: v.rms(r) / (1 + v.rms(x)),
+            tol,
+            self.max_steps,
+            None if objective is None else lambda x: objective(cast(x, dtypes), theta),
+        )
+        x, error, steps = self.solver.solve(system, x0)
+        converged = error <= tol
+        if self.throw:
+            x = raise_unless(converged, x, f"{self.name}: the solve did not converge", tol, error, steps)
+        return cast(x, dtypes), Convergence(error, steps, converged)
+
+    def linear_solve(self, slope: Map, b: Vector, dtypes: Sequence[Any]) -> Vector:
+        """A⁻¹ b for a fixed point, -A⁻¹ b for a root, where `slope` is a product with the Jacobian of f or with its transpose."""
+        if self.fixed:
+            return self.linear.solve(lambda a: v.minus(a, slope(a)), b, dtypes, complement=slope)
+        return v.times(-1, self.linear.solve(slope, b, dtypes))
+
+
+class ImplicitFunction(Function):
+    @staticmethod
+    def forward(ctx, equation, x0, theta):
+        x0, theta = jax.tree.map(jnp.asarray, (x0, theta))  # a differentiated Python number arrives as a number
+        if ctx.requires_grad:
+            x, convergence = ImplicitFunction.apply(equation, x0, theta)
+        else:
+            x, convergence = equation.solve(x0, theta)
+        ctx.equation = equation
+        ctx.save_for_backward(x, theta)
+        ctx.mark_non_differentiable(*convergence)
+        return x, convergence
+
+    @staticmethod
+    def backward(ctx, dx, _):
+        (x, theta), dx = barrier(ctx.saved_tensors, dx)
+        equation, dtypes = ctx.equation, [a.dtype for a in x]
+        moving, rebuild = floating(theta)
+        pull = jax.vjp(lambda x, moving: equation.wide(dtypes)(x, rebuild(moving)), widen(x), moving)[1]
+        adjoint = equation.linear_solve(lambda a: pull(a)[0], widen(dx), dtypes)
+        return None, None, rebuild(pull(adjoint)[1], None)
+
+    @staticmethod
+    def jvp(ctx, _equation, _x0, dtheta):
+        x, theta = ctx.saved_tensors
+        equation, dtypes = ctx.equation, [a.dtype for a in x]
+        moving, rebuild = floating(theta)
+        f = equation.wide(dtypes)
+        forced = jax.jvp(lambda moving: f(widen(x), rebuild(moving)), (moving,), (jax.tree.leaves(dtheta),))[1]
+        push = jax.linearize(lambda x: f(x, theta), widen(x))[1]
+        return equation.linear_solve(push, forced, dtypes), None
+
+
+def widen(x: Sequence[Any]) -> Vector:
+    """Every array in float32 or wider."""
+    return [a.astype(wide(a.dtype)) for a in x]
+
+
+def cast(x: Sequence[Any], dtypes: Sequence[Any]) -> Vector:
+    return [a.astype(d) for a, d in zip(x, dtypes, strict=True)]
+
+
+def floating(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
+    """The floating-point and complex leaves of a tree, and how to put others in their place (`rest`, if given, in that of all other leaves)."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, np.inexact)]
+
+    def rebuild(moving: Sequence[Any], *rest: Any) -> Any:
+        now = list(rest) * len(leaves) if rest else list(leaves)
+        for i, x in zip(places, moving, strict=True):
+            now[i] = x
+        return structure.unflatten(now)
+
+    return [leaves[i] for i in places], rebuild

@@ -1,0 +1,150 @@
+"""A Python function of pytrees as a function of two lists of arrays, whatever it closes over included.
+
+The function is traced once. The arrays that it closes over, traced ones too, then stand in the program as constants and become arguments:
+they get their gradients like any other argument, and nothing of the trace that made them is held on to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import eval_jaxpr
+from jax.extend.core import Literal
+
+from layers.core import compat
+from layers.core.arguments import take_apart
+from layers.core.context import is_array
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """`fn(x, *args)` as `call(x_leaves, theta)`.
+
+    Attributes:
+        call: takes and returns lists of arrays.
+        x: the leaves of the starting point, in the dtype that `fn` returns.
+        theta: the arrays of `args` and those that `fn` closes over.
+        structure: of `x`.
+    """
+
+    call: Callable[[Any, Any], list[Any]]
+    x: list[jax.Array]
+    theta: list[Any]
+    structure: Any
+
+
+def trace_map(name: str, fn: Callable[..., Any], x0: Any, args: tuple[Any, ...]) -> Traced:
+    """For `fn(x, *args)` with the structure and shapes of `x`.
+
+    Raises:
+        TypeError: where `x0` is not of floating-point or complex arrays.
+        ValueError: where what `fn` returns has another structure or other shapes.
+    """
+    x, structure = _starting_point(name, x0)
+    arrays: list[Any] = []
+    template = take_apart(name, "an argument", args, arrays)
+
+    def flat(x: list[Any], arrays: list[Any]) -> list[Any]:
+        out = fn(structure.unflatten(x), *template.fill(arrays))
+        _require_same(name, structure.unflatten(x), out)
+        return [jnp.asarray(y) for y in jax.tree.leaves(out)]
+
+    program = jax.make_jaxpr(flat)(x, arrays)
+    settled = [_like(name, a, b) for a, b in zip(x, program.out_avals, strict=True)]
+    if any(a is not b for a, b in zip(x, settled, strict=True)):
+        x, program = settled, jax.make_jaxpr(flat)(settled, arrays)
+        for a, b in zip(x, program.out_avals, strict=True):
+            if a.dtype != b.dtype:
+                raise TypeError(f"{name}: f takes x of {a.dtype} to {b.dtype}, and that has to stay the same; cast what f returns")
+    return Traced(_runner(program, len(arrays)), x, [*arrays, *map(_array, program.consts)], structure)
+
+
+def trace_scalar(name: str, fn: Callable[..., Any], x0: Any, args: tuple[Any, ...]) -> Traced:
+    """For `fn(x, *args)` that is a real number; `call` returns it in a list.
+
+    Raises:
+        TypeError: where `x0` is not of floating-point or complex arrays.
+        ValueError: where what `fn` returns is not a real scalar.
+    """
+    x, structure = _starting_point(name, x0)
+    arrays: list[Any] = []
+    template = take_apart(name, "an argument", args, arrays)
+
+    def flat(x: list[Any], arrays: list[Any]) -> list[Any]:
+        out = fn(structure.unflatten(x), *template.fill(arrays))
+        if not (is_array(out) or isinstance(out, float)) or jnp.shape(out) or not jnp.issubdtype(jnp.result_type(out), np.floating):
+            raise ValueError(f"{name}: f must return a real scalar, but returned {_described(out)}")
+        return [jnp.asarray(out)]
+
+    program = jax.make_jaxpr(flat)(x, arrays)
+    return Traced(_runner(program, len(arrays)), x, [*arrays, *map(_array, program.consts)], structure)
+
+
+def _runner(program: Any, count: int) -> Callable[[Any, Any], list[Any]]:
+    bare = compat.open_jaxpr(program)
+    jaxpr = bare.replace(constvars=(), invars=[*bare.constvars, *bare.invars])  # holds on to no constant
+
+    def run(x: Any, theta: Any) -> list[Any]:
+        inputs = [*theta[count:], *x, *theta[:count]]
+        if any(compat.varying_axes(jax.typeof(a)) for a in (*x, *theta)):
+            return _run_on_devices(jaxpr, inputs)
+        return eval_jaxpr(jaxpr, (), *inputs)
+
+    return run
+
+
+def _run_on_devices(jaxpr: Any, inputs: Any) -> list[Any]:
+    """`jax.core.eval_jaxpr` in `shard_map`, where a value may vary over the mesh already that the program marks as varying."""
+    values = dict(zip(jaxpr.invars, inputs, strict=True))
+    read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
+    for eqn in jaxpr.eqns:
+        given = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name == "pvary":
+            missing = [tuple(a for a in eqn.params["axes"] if a not in compat.varying_axes(jax.typeof(x))) for x in given]
+            outs = [lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(given, missing, strict=True)]
+        else:
+            outs = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
+        values.update(zip(eqn.outvars, outs if eqn.primitive.multiple_results or eqn.primitive.name == "pvary" else [outs], strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _starting_point(name: str, x0: Any) -> tuple[list[jax.Array], Any]:
+    leaves, structure = jax.tree.flatten(x0)
+    for leaf in leaves:
+        if not (is_array(leaf) or isinstance(leaf, (float, complex))) or not jnp.issubdtype(jnp.result_type(leaf), np.inexact):
+            raise TypeError(f"{name}: x0 must hold floating-point or complex arrays, but holds {_described(leaf)}")
+    x = [jnp.asarray(leaf) for leaf in leaves]
+    return [lax.convert_element_type(leaf, leaf.dtype) for leaf in x], structure
+
+
+def _require_same(name: str, x: Any, out: Any) -> None:
+    if jax.tree.structure(x) != jax.tree.structure(out):
+        raise ValueError(f"{name}: f must return the structure of x, {jax.tree.structure(x)}, but returned {jax.tree.structure(out)}")
+    shapes = [(jnp.shape(a), jnp.shape(b)) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(out), strict=True)]
+    for a, b in shapes:
+        if a != b:
+            raise ValueError(f"{name}: f must return the shape of x, {a}, but returned {b}; start from an x0 of the right shape")
+
+
+def _like(name: str, x: jax.Array, aval: Any) -> jax.Array:
+    """`x` in the dtype of what f returns, marked as varying over the mesh axes that this varies over."""
+    if not jnp.issubdtype(aval.dtype, np.inexact):
+        raise TypeError(f"{name}: f must return floating-point or complex arrays, but returned {aval.dtype}")
+    x = x if x.dtype == aval.dtype else x.astype(aval.dtype)
+    missing = compat.varying_axes(aval) - compat.varying_axes(jax.typeof(x))
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def _array(x: Any) -> Any:
+    """A constant of a program, which may be a number that carries a dtype, as an array."""
+    return x if is_array(x) else jnp.asarray(x, getattr(x, "dtype", None))
+
+
+def _described(x: Any) -> str:
+    return f"an array of {x.dtype}, shape {x.shape}" if is_array(x) else f"a {type(x).__name__}"

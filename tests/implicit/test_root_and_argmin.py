@@ -1,0 +1,155 @@
+"""Roots and minima against closed forms, in values and derivatives."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers.implicit import LBFGS, Broyden, ConvergenceError, NewtonCG
+from layers.implicit.argmin import argmin
+from layers.implicit.root import root
+from tests.support import assert_trees_close
+
+TIGHT = {"tol": 1e-12, "backward_tol": 1e-12}
+
+
+def cubic(x, a, b):
+    return x**3 + a * x - b
+
+
+def data():
+    keys = jax.random.split(jax.random.key(0), 2)
+    return jax.random.normal(keys[0], (20, 4), jnp.float64), jax.random.normal(keys[1], (20,), jnp.float64)
+
+
+def ridge(w, lam, x, y):
+    return jnp.sum((x @ w - y) ** 2) + lam * jnp.sum(w**2)
+
+
+def exact_ridge(lam, x, y):
+    return jnp.linalg.solve(x.T @ x + lam * jnp.eye(4), x.T @ y)
+
+
+@pytest.mark.parametrize("solver", ["newton", Broyden(memory=5)], ids=str)
+def test_root_has_the_derivatives_of_the_implicit_formula(solver):
+    with jax.enable_x64(True):
+        a, b = jnp.array([1.0, 2.0, 3.0]), jnp.float64(2.0)
+
+        @jax.jit
+        def run(a, b):
+            solve = lambda a, b: root(cubic, jnp.ones(3), a, b, solver=solver, **TIGHT)
+            x, convergence = solve(a, b)
+            return x, convergence, jax.jacrev(lambda *p: solve(*p)[0], (0, 1))(a, b), jax.jacfwd(lambda b: solve(a, b)[0])(b)
+
+        x, convergence, (da, db), db_forward = run(a, b)
+        assert convergence.converged
+        np.testing.assert_allclose(cubic(x, a, b), 0, atol=1e-11)
+        slope = 3 * x**2 + a
+        np.testing.assert_allclose(da, np.diag(-x / slope), rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(db, 1 / slope, rtol=1e-10)
+        np.testing.assert_allclose(db_forward, 1 / slope, rtol=1e-10)
+
+
+def test_root_of_small_numbers_has_an_exact_gradient():
+    solve = lambda b: root(lambda x: 1e-6 * (jnp.sinh(x) - b), jnp.zeros(3), tol=1e-12)[0]
+    b = jnp.array([0.5, 1.0, 2.0])
+    np.testing.assert_allclose(jax.grad(lambda b: solve(b).sum())(b), 1 / jnp.sqrt(1 + b**2), rtol=1e-4)
+
+
+def test_newton_shortens_steps_that_go_too_far():
+    x, convergence = root(jnp.arctan, jnp.float32(20.0))
+    assert convergence.converged and abs(x) < 1e-4
+
+
+def test_second_derivative_of_a_root_is_right():
+    with jax.enable_x64(True):
+        solve = lambda b: root(lambda x: jnp.exp(x) - b, jnp.float64(0.0), **TIGHT)[0]
+        np.testing.assert_allclose(jax.jit(jax.grad(jax.grad(solve)))(jnp.float64(3.0)), -1 / 9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("solver", ["newton", LBFGS(memory=4)], ids=str)
+def test_argmin_of_ridge_regression_is_the_closed_form(solver):
+    if solver != "newton":
+        pytest.importorskip("optax")
+    with jax.enable_x64(True):
+        x, y = data()
+        lam = jnp.float64(3.0)
+        solve = lambda lam, x, y: argmin(ridge, jnp.zeros(4), lam, x, y, solver=solver, **TIGHT)
+        weights, convergence = jax.jit(solve)(lam, x, y)
+        assert convergence.converged
+        np.testing.assert_allclose(weights, exact_ridge(lam, x, y), rtol=1e-9)
+        scalar = lambda fn, *a: jnp.sin(fn(*a)).sum()
+        both = [jax.jit(jax.grad(partial(scalar, fn), (0, 1, 2)))(lam, x, y) for fn in (lambda *a: solve(*a)[0], exact_ridge)]
+        assert_trees_close(*both, rtol=1e-9, atol=1e-11)
+
+
+def test_second_derivative_of_an_argmin_is_right_through_a_closure():
+    with jax.enable_x64(True):
+        x, y = data()
+        solve = lambda lam: argmin(lambda w: ridge(w, lam, x, y), jnp.zeros(4), **TIGHT)[0].sum()
+        exact = lambda lam: exact_ridge(lam, x, y).sum()
+        lam = jnp.float64(3.0)
+        got, want = (jax.jit(jax.grad(jax.grad(fn)))(lam) for fn in (solve, exact))
+        np.testing.assert_allclose(got, want, rtol=1e-8)
+
+
+@pytest.mark.parametrize("solver", [NewtonCG(), LBFGS()], ids=str)
+def test_argmin_goes_down_a_curved_valley(solver):
+    if isinstance(solver, LBFGS):
+        pytest.importorskip("optax")
+    with jax.enable_x64(True):
+        rosenbrock = lambda x, a: jnp.sum((a - x[:-1]) ** 2 + 100 * (x[1:] - x[:-1] ** 2) ** 2)
+        solve = lambda a: argmin(rosenbrock, jnp.array([-1.2, 1.0]), a, solver=solver)
+        x, convergence = solve(jnp.float64(1.0))
+        assert convergence.converged and convergence.iterations > 10
+        np.testing.assert_allclose(x, 1, rtol=1e-7)
+        np.testing.assert_allclose(jax.jacfwd(lambda a: solve(a)[0])(jnp.float64(1.0)), [1, 2], rtol=1e-6)
+
+
+def test_gradient_where_the_hessian_is_not_positive_is_nan():
+    at_a_saddle = lambda a: argmin(lambda x: x[0] ** 2 - x[1] ** 2 + a * x.sum(), jnp.zeros(2), tol=10.0)[0].sum()
+    assert np.isnan(jax.grad(at_a_saddle)(0.1))
+
+
+def test_argmin_and_root_of_optimistix_are_taken():
+    optx = pytest.importorskip("optimistix")
+    with jax.enable_x64(True):
+        x, y = data()
+        solve = lambda lam: argmin(ridge, jnp.zeros(4), lam, x, y, solver=optx.BFGS(rtol=1e-10, atol=1e-10), tol=1e-6)
+        assert solve(jnp.float64(3.0))[1].converged
+        got = jax.grad(lambda lam: solve(lam)[0].sum())(jnp.float64(3.0))
+        np.testing.assert_allclose(got, jax.grad(lambda lam: exact_ridge(lam, x, y).sum())(jnp.float64(3.0)), rtol=1e-6)
+        z, convergence = root(cubic, jnp.ones(3), 1.0, 2.0, solver=optx.Dogleg(rtol=1e-10, atol=1e-10))
+        assert convergence.converged
+        np.testing.assert_allclose(z, 1.0, rtol=1e-8)
+
+
+def test_throw_raises():
+    with pytest.raises(ConvergenceError, match="root: the solve did not converge"):
+        root(lambda x: x**2 + 1, jnp.float32(3.0), max_steps=5, throw=True)
+    with pytest.raises(ConvergenceError, match="argmin: the solve did not converge"):
+        argmin(lambda x: x, jnp.float32(3.0), max_steps=5, throw=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: root(lambda x: x[:1], jnp.ones(3)), ValueError, "root: f must return the shape of x"),
+        (lambda: root(lambda x: x, jnp.ones(3), backward="one_step"), ValueError, "root: backward is 'one_step', but must be one of"),
+        (lambda: root(lambda x: x, jnp.ones(3), backward_steps=-1), ValueError, "root: backward_steps is -1"),
+        (
+            lambda: argmin(lambda x: x, jnp.ones(3)),
+            ValueError,
+            "argmin: f must return a real scalar, but returned an array of float32, shape \\(3,\\)",
+        ),
+        (lambda: argmin(lambda x: x.sum(), jnp.ones(3, jnp.complex64)), (TypeError, ValueError), "argmin: "),
+        (lambda: argmin(lambda x: x.sum(), jnp.ones(3), solver="iteration"), ValueError, "argmin: solver is 'iteration'"),
+        (lambda: argmin(lambda x: x.sum(), 3), TypeError, "argmin: x0 must hold floating-point or complex arrays, but holds a int"),
+    ],
+    ids=range(7),
+)
+def test_bad_input_is_explained(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
