@@ -1,0 +1,1 @@
+"""Residual networks whose backward pass computes the activations again from the output."""

@@ -1,0 +1,207 @@
+"""A chain of couplings over flat lists of arrays: forwards, and backwards from its result.
+
+y1 = x1 + f(x2),  y2 = x2 + g(y1)       undone by       x2 = y2 - g(y1),  x1 = y1 - f(x2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from layers.core import compat
+from layers.core.numerics import wide
+from layers.core.recompute import barrier
+from layers.reversible.streams import Streams
+
+Values = dict[int, Any]
+"""Arrays by their place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Half:
+    """One of the two functions of a coupling.
+
+    Attributes:
+        call: `(arrays, x) -> (output, arrays afterwards)`. An array that is not the very same afterwards is state that the call changed.
+        places: where its arrays are in the list of those of the chain.
+        name: for messages.
+    """
+
+    call: Callable[[list[Any], Any], tuple[Any, list[Any]]]
+    places: tuple[int, ...]
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Couplings one after the other.
+
+    Attributes:
+        couplings: pairs of f and g; a single pair if `length` is given.
+        streams: the arithmetic between them.
+        stacked: how many of the arrays, from the first on, have an axis 0 of length `length`, one entry a coupling.
+        length: the number of couplings of a chain that is a loop; None for one that is unrolled.
+        dtypes: those in which the first and the second stream are given to a half; None for that of the stream.
+    """
+
+    couplings: tuple[tuple[Half, Half], ...]
+    streams: Streams
+    stacked: int = 0
+    length: int | None = None
+    dtypes: tuple[Any, Any] | None = None
+
+    def advance(self, arrays: Sequence[Any], x1: Any, x2: Any) -> tuple[Any, Any, Any, Values]:
+        """Runs the couplings on streams.
+
+        Returns:
+            The two streams; for each half the values it saw of the state that had been changed before; the state as it is at the end.
+        """
+        if self.length is None:
+            values, seen = list(arrays), []
+            for pair in self.couplings:
+                x1, x2, saw = self._couple(pair, values, arrays, x1, x2)
+                seen.append(saw)
+            return x1, x2, seen, _changed(range(len(values)), values, arrays)
+        if not self.length:
+            return x1, x2, ({}, {}), {}
+
+        def body(carry: Any, stacked: list[Any]) -> tuple[Any, Any]:
+            given = [*stacked, *arrays[self.stacked :]]
+            values = list(given)
+            x1, x2, saw = self._couple(self.couplings[0], values, given, *carry)
+            return (x1, x2), (saw, _changed(range(len(values)), values, given))
+
+        stacked = list(arrays[: self.stacked])
+        carry = _varying((x1, x2), arrays, lambda c: body(c, [a[0] for a in stacked])[0])
+        (x1, x2), (seen, changed) = lax.scan(body, carry, stacked, self.length)
+        return x1, x2, seen, changed
+
+    def retreat(
+        self, arrays: Sequence[Any], seen: Any, y: tuple[Any, Any], dy: tuple[Any, Any] | None, wanted: Sequence[bool]
+    ) -> tuple[tuple[Any, Any], tuple[Any, Any] | None, list[Any]]:
+        """Undoes `advance`.
+
+        Args:
+            arrays: those given to `advance`.
+            seen: what `advance` returned as such.
+            y: the two streams at the end.
+            dy: their gradients; None to compute none.
+            wanted: which of the arrays need a gradient.
+
+        Returns:
+            The two streams at the start, their gradients, and a gradient or None for each array.
+        """
+        if self.length is None:
+            sums: Values = {}
+            for pair, saw in zip(reversed(self.couplings), reversed(seen), strict=True):
+                (y, values), dy = barrier((y, list(arrays)), dy)
+                y, dy, grads = self._uncouple(pair, values, saw, y, dy, wanted)
+                _accumulate(sums, grads)
+            return y, dy, [sums.get(i) for i in range(len(arrays))]
+        if not self.length:
+            return y, dy, [None] * len(arrays)
+        shared = range(self.stacked, len(arrays))
+        totals = {i: jnp.zeros(arrays[i].shape, wide(arrays[i].dtype)) for i in shared if dy is not None and wanted[i]}
+
+        def body(carry: Any, given: Any) -> tuple[Any, Any]:
+            (y, dy, totals), (stacked, saw) = carry, given
+            y, dy, grads = self._uncouple(self.couplings[0], [*stacked, *arrays[self.stacked :]], saw, y, dy, wanted)
+            totals = {i: t + grads[i] if i in grads else t for i, t in totals.items()}
+            return (y, dy, totals), {i: g for i, g in grads.items() if i < self.stacked}
+
+        given = (list(arrays[: self.stacked]), seen)
+        (y, given), dy = barrier((y, given), dy)
+        carry = _varying((y, dy, totals), (arrays, y, dy), lambda c: body(c, jax.tree.map(lambda a: a[0], given))[0])
+        (y, dy, totals), grads = lax.scan(body, carry, given, self.length, reverse=True)
+        return y, dy, [(totals | grads).get(i) for i in range(len(arrays))]
+
+    def _couple(self, pair: tuple[Half, Half], values: list[Any], given: Sequence[Any], x1: Any, x2: Any) -> tuple[Any, Any, Any]:
+        f, g = pair
+        before_f = _state_before(f, values, given)
+        x1 = self.streams.add(x1, _run(f, values, self._as_input(self.streams.read(x2), 1)))
+        before_g = _state_before(g, values, given)
+        x2 = self.streams.add(x2, _run(g, values, self._as_input(self.streams.read(x1), 0)))
+        return x1, x2, (before_f, before_g)
+
+    def _uncouple(self, pair: tuple[Half, Half], values: list[Any], saw: Any, y: Any, dy: Any, wanted: Sequence[bool]) -> tuple[Any, Any, Values]:
+        (f, g), (y1, y2), (d1, d2) = pair, y, dy or (None, None)
+        y2, d1, grads = self._undo(g, 0, values, saw[1], (y1, y2), (d1, d2), wanted)
+        y1, d2, more = self._undo(f, 1, values, saw[0], (y2, y1), (d2, d1), wanted)
+        _accumulate(grads, more)
+        return (y1, y2), None if dy is None else (d1, d2), grads
+
+    def _undo(
+        self, half: Half, which: int, values: list[Any], saw: Values, streams: tuple[Any, Any], grads: tuple[Any, Any], wanted: Sequence[bool]
+    ) -> tuple[Any, Any, Values]:
+        """Takes `half(x)` from the stream y; x is stream number `which`.
+
+        Returns:
+            The stream y, the gradient of x, the gradients of the arrays of `half`.
+        """
+        (x, y), (dx, dy) = streams, grads
+        given = [saw.get(i, values[i]) for i in half.places]
+        point = self.streams.read(x)
+        if dy is None:
+            return self.streams.add(y, half.call(given, self._as_input(point, which))[0], -1), None, {}
+        moving = [k for k, i in enumerate(half.places) if wanted[i] and i not in saw]
+
+        def output(moved: list[Any], point: Any) -> Any:
+            now = list(given)
+            for k, v in zip(moving, moved, strict=True):
+                now[k] = v
+            return half.call(now, self._as_input(point, which))[0]
+
+        out, pull = jax.vjp(output, [given[k] for k in moving], point)
+        moved_grads, dpoint = pull(dy.astype(out.dtype))
+        summed: Values = {}
+        for k, grad in zip(moving, moved_grads, strict=True):
+            _accumulate(summed, {half.places[k]: grad})
+        return self.streams.add(y, out, -1), dx + dpoint.astype(dx.dtype), summed
+
+    def _as_input(self, x: Any, which: int) -> Any:
+        return x if self.dtypes is None else x.astype(self.dtypes[which])
+
+
+def _run(half: Half, values: list[Any], x: Any) -> Any:
+    """The output of `half`; the state that it changed is put into `values`."""
+    out, after = half.call([values[i] for i in half.places], x)
+    for i, new in zip(half.places, after, strict=True):
+        values[i] = new
+    return out
+
+
+def _state_before(half: Half, values: Sequence[Any], given: Sequence[Any]) -> Values:
+    """What others have changed of the arrays that `half` is about to read: counts of random streams, not what a gradient would go through."""
+    changed = _changed(half.places, values, given)
+    if any(is_inexact(x) for x in changed.values()):
+        raise TypeError(
+            f"{half.name} reads floating-point state that an earlier block has changed in the same pass, and no gradient goes through it: "
+            "give each block state of its own, or keep it from changing (use_running_average=True)"
+        )
+    return changed
+
+
+def _changed(places: Sequence[int], values: Sequence[Any], given: Sequence[Any]) -> Values:
+    return {i: values[i] for i in places if values[i] is not given[i]}
+
+
+def _accumulate(sums: Values, grads: Values) -> None:
+    for i, grad in grads.items():
+        sums[i] = sums[i].astype(wide(grad.dtype)) + grad if i in sums else grad
+
+
+def _varying(carry: Any, others: Any, step: Callable[[Any], Any]) -> Any:
+    """The carry marked as varying over the mesh axes that the loop will make it vary over (`shard_map`)."""
+    if not any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, others))):
+        return carry
+    return compat.vary_like(carry, step)
+
+
+def is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, np.inexact)

@@ -1,0 +1,151 @@
+"""A chain of additive couplings whose backward pass computes the activations again from the output.
+
+    y1 = x1 + f(x2),   y2 = x2 + g(y1)
+
+Undone, with the gradients that arrive at y1 and y2 on their way:
+
+    dy1 += (∂g/∂y1)ᵀ dy2,   x2 = y2 - g(y1)
+    dx2 = dy2 + (∂f/∂x2)ᵀ dy1,   x1 = y1 - f(x2),   dx1 = dy1
+
+and each half gives the gradient of its parameters from the same evaluation of f or g. The next coupling's y is this one's x.
+
+Saved: the two streams at the end of the chain and the arguments, whatever the length; of state that the halves change, such as the counts
+of random streams, the values that each of them saw, so that the same masks are drawn again. The price is one more evaluation of f and g.
+
+Reference: Gomez et al., "The Reversible Residual Network: Backpropagation Without Storing Activations", 2017; Dinh et al., "NICE", 2015.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from layers.core.function import Function
+from layers.reversible.chain import Chain, Half, is_inexact
+from layers.reversible.halves import make_chain
+from layers.reversible.streams import Streams
+
+
+class ReversibleCouplingFunction(Function):
+    @staticmethod
+    def forward(ctx, chain, x1, x2, *arrays):
+        chain = replace(chain, dtypes=(x1.dtype, x2.dtype))
+        y1, y2, seen, changed = chain.advance(arrays, *chain.streams.enter(x1, x2))
+        ctx.chain, ctx.y, ctx.seen, ctx.arrays = chain, (y1, y2), seen, arrays
+        ctx.mark_non_differentiable(*jax.tree.leaves(changed))
+        return chain.streams.leave(y1, x1.dtype), chain.streams.leave(y2, x2.dtype), changed
+
+    @staticmethod
+    def backward(ctx, dy1, dy2, _):
+        chain, y = ctx.chain, ctx.y
+        dy = (chain.streams.gradient(y[0], dy1), chain.streams.gradient(y[1], dy2))
+        _, (dx1, dx2), grads = chain.retreat(ctx.arrays, ctx.seen, y, dy, ctx.needs_input_grad[3:])
+        return None, dx1, dx2, *grads
+
+    @staticmethod
+    def jvp(ctx, _, x1_dot, x2_dot, *arrays_dot):
+        chain = ctx.chain
+        streams, arrays = chain.streams, list(ctx.arrays)
+        (x1, x2), _, _ = chain.retreat(arrays, ctx.seen, ctx.y, None, ())
+        moving = [i for i, a in enumerate(arrays) if is_inexact(a)]
+
+        def outputs(x1_smooth: Any, x2_smooth: Any, moved: list[Any]) -> tuple[Any, Any]:
+            now = dict(enumerate(arrays)) | dict(zip(moving, moved, strict=True))
+            y1, y2, _, _ = chain.advance(list(now.values()), streams.follow(x1, x1_smooth), streams.follow(x2, x2_smooth))
+            return streams.read(y1), streams.read(y2)
+
+        at = (streams.read(x1), streams.read(x2), [arrays[i] for i in moving])
+        towards = (x1_dot.astype(at[0].dtype), x2_dot.astype(at[1].dtype), [arrays_dot[i] for i in moving])
+        return *jax.jvp(outputs, at, towards)[1], None
+
+    @staticmethod
+    def example(key, dtype):
+        f = Half(lambda arrays, x: (arrays[0] * jnp.sin(x), arrays), (0,), "f")
+        g = Half(lambda arrays, x: (arrays[0] * arrays[1] * x, arrays), (0, 1), "g")
+        chain = Chain(((f, g),), Streams(), stacked=1, length=3)
+        x1, x2, w, v = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 4), ((2, 4), (2, 4), (3, 4), (4,)), strict=True))
+        return chain, x1, x2, w, v
+
+
+def reversible_coupling(
+    f: Callable[..., Any] | Sequence[Callable[..., Any]],
+    g: Callable[..., Any] | Sequence[Callable[..., Any]],
+    x1: Float[Array, "*shape1"],
+    x2: Float[Array, "*shape2"],
+    *args: Any,
+    stream_dtype: Any = None,
+    exact: bool = False,
+    headroom: float = 256.0,
+    **kwargs: Any,
+) -> tuple[Float[Array, "*shape1"], Float[Array, "*shape2"]]:
+    """Adds f(x2) to x1 and then g of that sum to x2, and keeps only the two results for the backward pass.
+
+    With sequences of functions it is a chain of couplings, which keeps the results of the last one, however long it is. (Calls one after
+    another keep their results each.)
+
+    Args:
+        f: a function, or an `nnx.Module`, from arrays of the shape of `x2` to that of `x1`; or a sequence. What a function closes over is
+            differentiated. It must give the same again when it is called again; a module may change its state, as dropout does.
+        g: the same from `x1` to `x2`.
+        x1, x2: the two streams.
+        *args, **kwargs: go to every f and g after its array.
+        stream_dtype: in which the sums are computed and kept; None for that of `x1` and `x2`, or float32 if that is narrower.
+        exact: whether sums are in fixed point, integers of 32 bits (64 for float64), so that taking a term away again leaves no rounding error.
+        headroom: with `exact`, to how many times the largest magnitude in `x1` and `x2` the streams can grow: beyond it the outputs are NaN.
+            At 256 the integers are as fine as float32 is for the largest magnitude.
+
+    Returns:
+        y1 and y2, of the shapes and dtypes of `x1` and `x2`.
+
+    Raises:
+        ValueError: where f or g returns another shape than the stream that it is added to has, sequences differ in length, or an option is wrong.
+        TypeError: where f or g is no function, or is one that calls a module that changes its state; or x1 or x2 is not of a floating-point
+            dtype.
+    """
+    fs, gs = ([h] if callable(h) else list(h) for h in (f, g))
+    if len(fs) != len(gs):
+        raise ValueError(f"reversible_coupling: f is a sequence of {len(fs)} and g of {len(gs)}; give as many of both")
+    x1, x2 = (as_stream("reversible_coupling", n, x) for n, x in (("x1", x1), ("x2", x2)))
+    chain, arrays = make_chain(
+        "reversible_coupling",
+        list(zip(fs, gs, strict=True)),
+        x1,
+        x2,
+        args,
+        kwargs,
+        streams=make_streams("reversible_coupling", stream_dtype, exact, headroom),
+    )
+    y1, y2, changed = ReversibleCouplingFunction.apply(chain, x1, x2, *arrays.values)
+    arrays.write(changed)
+    return y1, y2
+
+
+def as_stream(who: str, name: str, x: Any) -> jax.Array:
+    """`x` as an array.
+
+    Raises:
+        TypeError: where it is not of a floating-point dtype.
+    """
+    x = jnp.asarray(x)
+    if not is_inexact(x):
+        raise TypeError(f"{who}: {name} is of dtype {x.dtype}, but must be of a floating-point dtype: cast it, {name}.astype('float32')")
+    return x
+
+
+def make_streams(who: str, dtype: Any, exact: bool, headroom: float) -> Streams:
+    """The arithmetic of the streams.
+
+    Raises:
+        ValueError: for a dtype that streams cannot have, and a headroom that leaves them too few bits.
+    """
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    if dtype is not None and (not jnp.issubdtype(dtype, jnp.floating) or (exact and dtype.itemsize < 4)):
+        raise ValueError(f"{who}: stream_dtype is {dtype}, but must be {'float32 or float64' if exact else 'of floating point'}")
+    if not 1 <= headroom <= 2**16:
+        raise ValueError(f"{who}: headroom is {headroom}, but must lie in [1, 65536]; 256 suits most networks")
+    return Streams(dtype, exact, float(headroom))

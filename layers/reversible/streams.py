@@ -1,0 +1,135 @@
+"""The two numbers that a reversible network carries from coupling to coupling, and how one adds to them so that it can be undone.
+
+In floating point (y - r) differs from x by the rounding of y = x + r. In fixed point it does not: with x = q step, an integer q and a power
+of two `step`, q + round(r / step) is undone exactly. A stream in fixed point also carries x in floating point, `smooth`, whose value is
+never read: it is where derivatives flow, as though nothing were rounded.
+
+Reference: MacKay et al., "Reversible Recurrent Neural Networks", 2018, which adds in fixed point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from layers.core.function import Function
+from layers.core.numerics import wide
+
+
+class FixedPoint(NamedTuple):
+    """A stream in fixed point.
+
+    Attributes:
+        bits: the integers.
+        step: what 1 stands for.
+        fits: whether all that was added lay within the range of the integers.
+        smooth: carries the derivative.
+    """
+
+    bits: Any
+    step: Any
+    fits: Any
+    smooth: Any
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The arithmetic of the streams.
+
+    Attributes:
+        dtype: of the streams; None for that of the input, but float32 at least.
+        exact: whether they are in fixed point.
+        headroom: how many times the largest magnitude at the start a stream in fixed point can hold.
+    """
+
+    dtype: Any = None
+    exact: bool = False
+    headroom: float = 256.0
+
+    def enter(self, *xs: jax.Array) -> tuple[Any, ...]:
+        """The streams that start with these arrays."""
+        xs = tuple(x.astype(self.dtype or wide(x.dtype)) for x in xs)
+        if not self.exact:
+            return xs
+        if any(jnp.iscomplexobj(x) for x in xs):
+            raise TypeError(
+                "reversible_coupling: exact=True is for real streams, but these are complex: give real and imaginary part as two features"
+            )
+        step = _step(xs, self.headroom)
+        return tuple(_fixed_point(x, step.astype(x.dtype)) for x in xs)
+
+    def read(self, stream: Any) -> jax.Array:
+        """Its value."""
+        return ReadFunction.apply(stream.smooth, stream.bits, stream.step) if self.exact else stream
+
+    def follow(self, stream: Any, smooth: Any) -> Any:
+        """The stream with its value, and with the derivative of `smooth`, which has the same value."""
+        return stream._replace(smooth=smooth) if self.exact else smooth
+
+    def add(self, stream: Any, change: jax.Array, sign: int = 1) -> Any:
+        """The stream after `change` has been added, or with `sign=-1` before."""
+        if not self.exact:
+            return stream + sign * change.astype(stream.dtype)
+        change = change.astype(stream.step.dtype)
+        whole = jnp.round(lax.stop_gradient(change) / stream.step)
+        fits = stream.fits & _representable(whole, stream.bits) if sign > 0 else stream.fits
+        bits = stream.bits + sign * whole.astype(stream.bits.dtype)
+        return FixedPoint(bits, stream.step, fits, self.read(stream) + sign * change)
+
+    def leave(self, stream: Any, dtype: Any) -> jax.Array:
+        """Its value as the output of the network: NaN where it did not fit."""
+        value = self.read(stream)
+        return (jnp.where(stream.fits, value, jnp.nan) if self.exact else value).astype(dtype)
+
+    def gradient(self, stream: Any, dy: jax.Array) -> jax.Array:
+        """The gradient of the stream from that of `leave`."""
+        dy = dy.astype(self.read(stream).dtype)
+        return jnp.where(stream.fits, dy, jnp.nan) if self.exact else dy
+
+
+class ReadFunction(Function):
+    """The value of a stream in fixed point, with the derivative of `smooth`."""
+
+    @staticmethod
+    def forward(ctx, smooth, bits, step):
+        return bits.astype(step.dtype) * step
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None, None
+
+    @staticmethod
+    def surrogate(smooth, bits, step):
+        return smooth
+
+    @staticmethod
+    def example(key, dtype):
+        bits = jax.random.randint(key, (3, 4), -1000, 1000)
+        return bits.astype(dtype) / 256, bits, jnp.asarray(2.0**-8, dtype)
+
+
+def _fixed_point(x: jax.Array, step: jax.Array) -> FixedPoint:
+    whole = jnp.round(lax.stop_gradient(x) / step)
+    return FixedPoint(whole.astype(_integers(x.dtype)), step, _representable(whole, 0), x)
+
+
+def _step(xs: tuple[jax.Array, ...], headroom: float) -> jax.Array:
+    """The power of two with which the integers reach `headroom` times the largest magnitude in `xs`."""
+    dtype = jnp.result_type(*xs)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(lax.stop_gradient(x).astype(dtype)), initial=0) for x in xs]))
+    largest = headroom * jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return jnp.ldexp(jnp.ones((), dtype), jnp.frexp(largest)[1] - (jnp.iinfo(_integers(dtype)).bits - 1))
+
+
+def _integers(dtype: Any) -> Any:
+    return jnp.int64 if dtype == jnp.float64 else jnp.int32
+
+
+def _representable(whole: jax.Array, bits: Any) -> jax.Array:
+    """Whether `whole + bits` surely is an integer of this size, in all elements; False for NaN."""
+    limit = 2.0 ** (jnp.iinfo(_integers(whole.dtype)).bits - 1) * (1 - 2.0**-20)
+    return jnp.all(jnp.abs(whole) + jnp.abs(jnp.asarray(bits, whole.dtype)) < limit)
