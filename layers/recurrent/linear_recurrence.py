@@ -15,20 +15,36 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Inexact
 
 from layers.core.function import Function
+from layers.recurrent.loops import scan
 
 
-def _run(a: jax.Array, b: jax.Array, start: jax.Array, *, reverse: bool = False) -> jax.Array:
+def _run(a: jax.Array, b: jax.Array, start: jax.Array) -> jax.Array:
     """Every state; `a` and `b` have time first."""
 
     def step(h: jax.Array, ab: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h = ab[0] * h + ab[1]
         return h, h
 
-    return lax.scan(step, start, (a, b), reverse=reverse)[1]
+    return scan(step, start, (a, b))[1]
+
+
+def _run_back(a: jax.Array, dh: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Every l, and a_1 l_1. The product a_t l_t is carried, so that `a` need not be shifted by a step."""
+
+    def step(al: jax.Array, adh: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total = adh[1] + al
+        return adh[0] * total, total
+
+    last, db = scan(step, jnp.zeros_like(dh[0]), (a, dh), reverse=True)
+    return db, last
+
+
+def _before(h: jax.Array, initial: jax.Array) -> jax.Array:
+    """The state that each step starts from."""
+    return jnp.concatenate([initial[None], h[:-1]])
 
 
 class LinearRecurrenceFunction(Function):
@@ -41,10 +57,13 @@ class LinearRecurrenceFunction(Function):
     @staticmethod
     def backward(ctx, dh):
         a, h, initial = ctx.saved_tensors
-        following = jnp.concatenate([a[1:], jnp.zeros_like(a[:1])])
-        db = _run(following, dh, jnp.zeros_like(dh[0]), reverse=True)
-        before = jnp.concatenate([initial[None], h[:-1]])
-        return db * before, db, a[0] * db[0]
+        db, dinitial = _run_back(a, dh)
+        return db * _before(h, initial), db, dinitial
+
+    @staticmethod
+    def jvp(ctx, da, db, dinitial):
+        a, h, initial = ctx.saved_tensors
+        return LinearRecurrenceFunction.apply(a, da * _before(h, initial) + db, dinitial)
 
     @staticmethod
     def example(key, dtype):

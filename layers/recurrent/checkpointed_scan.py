@@ -1,0 +1,177 @@
+"""`jax.lax.scan` and a bounded while loop that keep few of their states for backward.
+
+The steps are cut into segments, and only the carry at the start of each segment is kept. Backward takes the segments from the last to the
+first: it runs the segment again from its carry, this time as autodiff does, and pulls the cotangents of its end and of its outputs back
+through it. A segment may be cut into segments of its own: with sizes (n_1, ..., n_L) of product n, backward holds n_1 + ... + n_{L-1}
+carries and what autodiff keeps of n_L steps, and every step is computed L times.
+
+Saved: the carries at the starts of the outermost segments; the xs and what f closes over are arguments.
+
+Reference: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; Griewank and Walther, "Algorithm 799: Revolve", 2000.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import PyTree
+
+from layers.core.blocks import block_size
+from layers.recurrent.kept_carries import Step, keep_each
+
+
+def checkpointed_scan(
+    f: Step,
+    init: PyTree,
+    xs: PyTree = None,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    *,
+    budget: int | None = None,
+) -> tuple[PyTree, PyTree]:
+    """`jax.lax.scan` whose backward pass holds about 2 √n steps at once, not n: it computes the others again.
+
+    Args:
+        f: `(carry, x) -> (carry, y)`. It may close over arrays, also over those of modules; they get their gradient.
+        init: the first carry, any pytree; integers and keys pass through.
+        xs: a pytree of arrays with the steps along axis 0, or None.
+        length: the number of steps, where `xs` is None.
+        reverse: from the last step to the first.
+        unroll: steps in one iteration of the innermost loop, as in `jax.lax.scan`.
+        budget: how many steps backward may hold at once, carries that are kept and steps that are being differentiated together; None for
+            about 2 √n. With n or more it is `jax.lax.scan`; with fewer than 2 √n segments are cut again, and L cuts need about L n^(1/L) and
+            compute every step L times.
+
+    Returns:
+        `(carry, ys)`, those of `jax.lax.scan`.
+
+    Raises:
+        ValueError: where `budget` is too small for any way to cut n steps.
+        TypeError, ValueError: as `jax.lax.scan`.
+
+    Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
+    """
+    carry, ys = jax.eval_shape(partial(lax.scan, f, length=length, reverse=reverse), init, xs)
+    steps = length if length is not None else jax.tree.leaves(xs)[0].shape[0]
+    sizes = segment_sizes("checkpointed_scan", steps, budget)
+    if not steps or not jax.tree.leaves((carry, ys)):
+        return lax.scan(f, init, xs, length, reverse, unroll)
+    return _Cut(f, reverse, unroll)(_as_types(init, carry), jax.tree.map(jnp.asarray, xs), steps, sizes)
+
+
+def checkpointed_while(
+    cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: PyTree, *, max_steps: int, budget: int | None = None
+) -> PyTree:
+    """`jax.lax.while_loop` of at most `max_steps` steps, which reverse mode goes through, with about 2 √max_steps steps in memory.
+
+    Steps and segments after the end are skipped. Under `jax.vmap` nothing is skipped, since elements end at different steps: each runs
+    `max_steps` steps, and keeps its state from its end on.
+
+    Args:
+        cond_fun: `state -> bool`, whether there is another step.
+        body_fun: `state -> state`. Both may close over arrays; those get their gradient.
+        init_val: the first state, any pytree.
+        max_steps: the loop ends after so many steps, also where `cond_fun` still holds: look at `cond_fun(result)` to see it.
+        budget: as in `checkpointed_scan`, of `max_steps` steps.
+
+    Returns:
+        The last state.
+
+    Raises:
+        ValueError: where `max_steps` is negative, or `budget` is too small.
+        TypeError: as `jax.lax.while_loop`.
+    """
+    if max_steps < 0:
+        raise ValueError(f"checkpointed_while: max_steps is {max_steps}, but must not be negative")
+    state = _as_types(init_val, jax.eval_shape(partial(lax.while_loop, cond_fun, body_fun), init_val))
+    sizes = segment_sizes("checkpointed_while", max_steps, budget)
+    if not max_steps or not jax.tree.leaves(state):
+        return state
+
+    def step(state: Any, _: None) -> tuple[Any, None]:
+        return lax.cond(cond_fun(state), body_fun, lambda s: s, state), None
+
+    return _Cut(step, guard=cond_fun)(state, None, max_steps, sizes)[0]
+
+
+def segment_sizes(name: str, steps: int, budget: int | None) -> tuple[int, ...]:
+    """How often each level of segments is repeated, the outermost first: as few levels as `budget` allows, two without one."""
+    if budget is None:
+        return _two_levels(steps)
+    levels = 1
+    while sum(sizes := _balanced(steps, levels)) > max(budget, 1):
+        if max(sizes) <= 2:
+            raise ValueError(f"{name}: budget is {budget}, but {steps} steps need at least {sum(sizes)}: give more, or None for about 2 √n")
+        levels += 1
+    return sizes
+
+
+def _balanced(steps: int, levels: int) -> tuple[int, ...]:
+    """About equal sizes whose product is at least `steps`, and `steps` itself where a near divisor allows it."""
+    if levels == 1 or steps <= 1:
+        return (steps,)
+    segment = block_size(steps, math.ceil(steps ** ((levels - 1) / levels) - 1e-9))
+    return (-(-steps // segment), *_balanced(segment, levels - 1))
+
+
+def _two_levels(steps: int) -> tuple[int, ...]:
+    """Segments of the least memory, if autodiff keeps twice the carry of each step; of equal length where that costs little more."""
+    cost = {k: -(-steps // k) + 2 * k for k in range(1, math.isqrt(steps) + 1)}
+    if not cost:
+        return (steps,)
+    least = min(cost.values())
+    even = [k for k, c in cost.items() if steps % k == 0 and c <= 1.1 * least]
+    segment = min(even or cost, key=cost.__getitem__)
+    return (-(-steps // segment), segment)
+
+
+def _as_types(values: Any, types: Any) -> Any:
+    return jax.tree.map(lambda x, t: x if jax.dtypes.issubdtype(t.dtype, jax.dtypes.prng_key) else jnp.asarray(x, t.dtype), values, types)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A scan in segments.
+
+    Attributes:
+        f: one step.
+        reverse: from the last step to the first.
+        unroll: of the innermost loop.
+        guard: of a carry, whether anything is left to do; segments after that are skipped, and have no outputs.
+    """
+
+    f: Step
+    reverse: bool = False
+    unroll: int | bool = 1
+    guard: Callable[[Any], Any] | None = None
+
+    def __call__(self, carry: Any, xs: Any, steps: int, sizes: tuple[int, ...]) -> tuple[Any, Any]:
+        """The last carry and the outputs of `steps` steps, cut into segments of these sizes."""
+        if len(sizes) == 1:
+            return lax.scan(self.f, carry, xs, steps, self.reverse, self.unroll)
+        segment = -(-steps // sizes[0])
+        full, rest = divmod(steps, segment)
+        whole = jax.tree.map(lambda x: x[: full * segment].reshape(full, segment, *x.shape[1:]), xs)
+        parts = [(segment, full, whole)]
+        if rest:
+            parts.append((rest, 1, jax.tree.map(lambda x: x[None, full * segment :], xs)))
+        outs: list[Any] = []
+        for length, count, rows in reversed(parts) if self.reverse else parts:
+            carry, ys = keep_each(partial(self._segment, steps=length, sizes=sizes[1:]), carry, rows, count, reverse=self.reverse)
+            outs.append(jax.tree.map(lambda y, n=length * count: y.reshape(n, *y.shape[2:]), ys))
+        if self.reverse:
+            outs.reverse()
+        return carry, outs[0] if len(outs) == 1 else jax.tree.map(lambda *ys: jnp.concatenate(ys), *outs)
+
+    def _segment(self, carry: Any, xs: Any, *, steps: int, sizes: tuple[int, ...]) -> tuple[Any, Any]:
+        if self.guard is None:
+            return self(carry, xs, steps, sizes)
+        return lax.cond(self.guard(carry), lambda c: self(c, xs, steps, sizes)[0], lambda c: c, carry), None

@@ -1,0 +1,203 @@
+"""Gated recurrent unit.
+
+    z_t = x_t W + bias,   u_t = h_{t-1} R + recurrent_bias,   each in three parts for the gates r, z, n
+    r = σ(z_r + u_r),   z = σ(z_z + u_z),   n = tanh(z_n + r u_n),   h_t = (1 - z) n + z h_{t-1}
+
+with W the input kernel and R the recurrent kernel. Going back in time, with dh what arrives from step t + 1 and dy_t added:
+
+    dn = dh (1 - z) (1 - n²),   dr = dn u_n r (1 - r),   dz = dh (h_{t-1} - n) z (1 - z)      (of the arguments of σ and tanh)
+    da = (dr, dz, dn),   du = (dr, dz, r dn),   dh' = dh z + du Rᵀ                            (what goes on to step t - 1)
+
+The rest needs no loop over steps: dx = da Wᵀ, dW = Σ x_tᵀ da, dR = Σ h_{t-1}ᵀ du, dbias = Σ da, drecurrent_bias = Σ du, one product each for a
+chunk of time. A step beyond the length of its sequence hands on h and dh as they are.
+
+Saved: the arguments, h (which is the output), and h before each chunk. From these, the gates of a chunk are one product of x and the states h
+before each step. With `save="gates"`, also r, z, n and u_n of every step, which spares backward that product.
+
+Reference: Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", 2014, with r after the product, as in cuDNN.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from layers.core.function import Function
+from layers.core.numerics import wide
+from layers.core.recompute import barrier
+from layers.recurrent.gates import Plan, add_bias, add_wanted, before, hold, product, scan, scan_chunks, summed_product, visible, zero_sums
+from layers.recurrent.sequences import prepare
+from layers.recurrent.whole_sequences import KnownCell, WholeSequences
+
+
+class GRUFunction(Function):
+    @staticmethod
+    def forward(ctx, x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, plan):
+        y, h, *kept = _run(x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, plan=plan)
+        ctx.save_for_backward(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, y, *kept)
+        ctx.plan = plan
+        return y, h
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        saved, grads = barrier(ctx.saved_tensors, (dy, dh))
+        return *_run_back(*saved, *grads, plan=ctx.plan, needs=ctx.needs_input_grad), None, None
+
+    @staticmethod
+    def example(key, dtype):
+        shapes = (2, 4, 3), (3, 6), (2, 6), (6,), (6,), (2, 2)
+        arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 6), shapes, strict=True)]
+        return *arrays, jnp.array([4, 3]), Plan(steps=2, reverse=True)
+
+
+@partial(jax.jit, static_argnames="plan")
+def _run(x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, *, plan: Plan):
+    """The outputs, the last state, the state before each chunk, and the gates if they are to be kept."""
+
+    def step(h, now):
+        a, keep = now
+        _, z, n, _ = activated = _activate(a, add_bias(product(h, recurrent_kernel), recurrent_bias))
+        after = hold(keep, ((1 - z) * n + z * h).astype(h.dtype), h)
+        return after, (after, plan.kept(activated, recurrent_kernel.dtype))
+
+    def chunk(h, rows, _):
+        x, keep = rows
+        after, outs = scan(step, h, (add_bias(product(visible(x, keep), input_kernel), bias), keep))
+        return after, (*outs, h[None])
+
+    xs = plan.run_order(x)
+    h, (states, activated, starts) = scan_chunks(chunk, h, (xs, plan.keep(lengths, len(xs))), steps=plan.steps)
+    return plan.given_order(states), h, starts, activated
+
+
+@partial(jax.jit, static_argnames=("plan", "needs"))
+def _run_back(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, y, starts, activated, dy, dh, *, plan: Plan, needs: tuple[bool, ...]):
+    """The gradients of x, both kernels, both biases and the state."""
+    dtype, back_kernel = wide(y.dtype), recurrent_kernel.T
+
+    def step(dh, now):
+        dy, (r, z, n, u), h, keep = now
+        dh = dh + dy.astype(dtype)
+        dn = dh * (1 - z) * (1 - n * n)
+        da = visible(jnp.concatenate([dn * u * r * (1 - r), dh * (h - n) * z * (1 - z), dn], -1), keep)
+        return hold(keep, dh * z + product(_recurrent(da, r), back_kernel).astype(dtype), dh), da
+
+    def chunk(carry, rows, start):
+        dh, sums = carry
+        dy, x, y, keep, activated = rows
+        x, h = visible(x, keep), before(start[0], y)
+        if activated is None:
+            activated = _activate(add_bias(product(x, input_kernel), bias), add_bias(product(h, recurrent_kernel), recurrent_bias))
+        activated = jax.tree.map(lambda a: a.astype(dtype), activated)
+        dh, da = scan(step, dh, (dy, activated, h.astype(dtype), keep), reverse=True)
+        du = _recurrent(da, activated[0])
+        kernels = (lambda: summed_product(x, da, input_kernel), lambda: summed_product(h, du, recurrent_kernel))
+        sums = add_wanted(sums, (*kernels, lambda: da.sum((0, 1)), lambda: du.sum((0, 1))))
+        return (dh, sums), product(da, input_kernel.T).astype(x.dtype) if needs[0] else None
+
+    xs = plan.run_order(x)
+    rows = plan.run_order(dy), xs, plan.run_order(y), plan.keep(lengths, len(xs)), activated
+    carry = dh.astype(dtype), zero_sums((input_kernel, recurrent_kernel, bias, recurrent_bias), needs[1:5])
+    (dh, sums), dx = scan_chunks(chunk, carry, rows, starts, steps=plan.steps, reverse=True)
+    return None if dx is None else plan.given_order(dx), *sums, dh
+
+
+def _activate(a: jax.Array, u: jax.Array) -> tuple[jax.Array, ...]:
+    """r, z, n and the part u_n of `u`."""
+    (a_r, a_z, a_n), (u_r, u_z, u_n) = jnp.split(a, 3, -1), jnp.split(u, 3, -1)
+    r = jax.nn.sigmoid(a_r + u_r)
+    return r, jax.nn.sigmoid(a_z + u_z), jnp.tanh(a_n + r * u_n), u_n
+
+
+def _recurrent(da: jax.Array, r: jax.Array) -> jax.Array:
+    """du from da."""
+    hidden = r.shape[-1]
+    return jnp.concatenate([da[..., : 2 * hidden], da[..., 2 * hidden :] * r], -1)
+
+
+def gru(
+    x: Float[Array, "*batch time features"],
+    input_kernel: Float[Array, "features 3*hidden"],
+    recurrent_kernel: Float[Array, "hidden 3*hidden"],
+    bias: Float[Array, " 3*hidden"] | None = None,
+    recurrent_bias: Float[Array, " 3*hidden"] | None = None,
+    *,
+    initial_carry: Float[Array, "*batch hidden"] | None = None,
+    seq_lengths: Int[Array, "*batch"] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    dtype: Any = None,
+    save: str = "states",
+) -> tuple[Float[Array, "*batch time hidden"], Float[Array, "*batch hidden"]]:
+    """Runs a gated recurrent unit over a sequence.
+
+    Args:
+        x: the inputs; (time, *batch, features) with `time_major`.
+        input_kernel: for the gates r, z, n, one after the other along the last axis.
+        recurrent_kernel: the same, of the hidden state.
+        bias: the same, or None.
+        recurrent_bias: is added to the product with `recurrent_kernel`, before r multiplies it: PyTorch's `bias_hh`, which Flax does not have.
+        initial_carry: the state before the first step; zeros by default.
+        seq_lengths: steps from there on are padding: the state stays as it is, is the output there, and x gets no gradient, whatever it holds.
+        reverse: runs from the last step of each sequence to the first. Outputs keep the order of `x`.
+        time_major: whether the time axis of `x` and of the outputs is the first one.
+        dtype: of the matrix products; by default that which all arrays promote to.
+        save: what backward keeps beyond arguments and outputs: "states", one state a chunk of time; or "gates", also the gates of every step,
+            which it need not compute again.
+
+    Returns:
+        `(outputs, h)`: the hidden state after each step, (*batch, time, hidden), and after the last one.
+
+    Raises:
+        ValueError: where shapes do not fit, or for an unknown `save`.
+        TypeError: where arrays are not of a floating-point dtype, or lengths not of integers.
+
+    Reference: Cho et al., 2014; layout of the gates: `flax.nnx.GRUCell`.
+    """
+    kernels = {"input_kernel": input_kernel, "recurrent_kernel": recurrent_kernel}
+    biases = {"bias": bias, "recurrent_bias": recurrent_bias}
+    options: dict[str, Any] = {"reverse": reverse, "time_major": time_major, "dtype": dtype, "save": save}
+    carry = None if initial_carry is None else (initial_carry,)
+    s = prepare("gru", x, kernels, biases, carry, seq_lengths, gates=3, states=1, **options)
+    if not s.time:
+        return s.no_steps(), s.states(*s.carry)[0]
+    y, h = GRUFunction.apply(s.x, *s.parameters, *s.carry, s.lengths, s.plan)
+    return s.outputs(y), s.states(h)[0]
+
+
+class GRU(WholeSequences):
+    """`flax.nnx.RNN(flax.nnx.GRUCell(...))`: the same parameters, under `cell`, calls and values, by `gru`.
+
+    As in `gru`, the state is held over padding, and the outputs there are that state.
+
+    Args:
+        in_features, hidden_features: of the cell.
+        time_major, return_carry, reverse, keep_order: as in `flax.nnx.RNN`, and the same of the call.
+        save: as in `gru`.
+        rngs: where the parameters are drawn from.
+        **cell_options: the other arguments of `flax.nnx.GRUCell`: dtype, param_dtype, kernel_init, ...
+    """
+
+    cells: ClassVar[dict[type, KnownCell]] = {nnx.GRUCell: KnownCell(gru, ("dense_i",), ("dense_h",), ("dense_i",))}
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        time_major: bool = False,
+        return_carry: bool = False,
+        reverse: bool = False,
+        keep_order: bool = False,
+        save: str = "states",
+        rngs: nnx.Rngs,
+        **cell_options: Any,
+    ):
+        cell = nnx.GRUCell(in_features, hidden_features, rngs=rngs, **cell_options)
+        super().__init__(cell, time_major=time_major, return_carry=return_carry, reverse=reverse, keep_order=keep_order)
+        self.save = save

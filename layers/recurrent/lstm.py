@@ -1,0 +1,211 @@
+"""Long short-term memory.
+
+    a_t = x_t W + h_{t-1} R + bias,   (i, f, g, o) = (σ, σ, tanh, σ)(a_t)
+    c_t = f c_{t-1} + i g,   h_t = o tanh(c_t)
+
+with W the input kernel and R the recurrent kernel. Going back in time, with dh and dc what arrives from step t + 1, and dh with dy_t added:
+
+    dc  = dc + dh o (1 - tanh² c_t)
+    da  = (dc g i (1 - i),  dc c_{t-1} f (1 - f),  dc i (1 - g²),  dh tanh(c_t) o (1 - o))
+    dc' = dc f,   dh' = da Rᵀ                                        (what goes on to step t - 1)
+
+The rest needs no loop over steps: dx = da Wᵀ, dW = Σ x_tᵀ da, dR = Σ h_{t-1}ᵀ da, dbias = Σ da, one product each for a chunk of time.
+A step beyond the length of its sequence hands on c and h, dc and dh, as they are.
+
+Saved: the arguments, h (which is the output), and c and h before each chunk. From these, the gates of a chunk are one product of x and the states
+h before each step, and c is one elementwise pass. With `save="gates"`, also the gates, which spares backward that product.
+
+Reference: Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997; Gers et al., "Learning to Forget", 2000.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from layers.core.function import Function
+from layers.core.numerics import wide
+from layers.core.recompute import barrier
+from layers.recurrent.gates import Plan, add_bias, add_wanted, before, hold, product, scan, scan_chunks, summed_product, visible, zero_sums
+from layers.recurrent.sequences import prepare
+from layers.recurrent.whole_sequences import KnownCell, WholeSequences
+
+
+class LSTMFunction(Function):
+    @staticmethod
+    def forward(ctx, x, input_kernel, recurrent_kernel, bias, c, h, lengths, plan):
+        y, c, h, *kept = _run(x, input_kernel, recurrent_kernel, bias, c, h, lengths, plan=plan)
+        ctx.save_for_backward(x, input_kernel, recurrent_kernel, bias, lengths, y, *kept)
+        ctx.plan = plan
+        return y, c, h
+
+    @staticmethod
+    def backward(ctx, dy, dc, dh):
+        saved, grads = barrier(ctx.saved_tensors, (dy, dc, dh))
+        return *_run_back(*saved, *grads, plan=ctx.plan, needs=ctx.needs_input_grad), None, None
+
+    @staticmethod
+    def example(key, dtype):
+        shapes = (2, 4, 3), (3, 8), (2, 8), (8,), (2, 2), (2, 2)
+        arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 6), shapes, strict=True)]
+        return *arrays, jnp.array([4, 3]), Plan(steps=2, reverse=True)
+
+
+@partial(jax.jit, static_argnames="plan")
+def _run(x, input_kernel, recurrent_kernel, bias, c, h, lengths, *, plan: Plan):
+    """The outputs, both last states, both states before each chunk, and the gates if they are to be kept."""
+
+    def step(carry, now):
+        (c, h), (a, keep) = carry, now
+        i, f, g, o = activated = _activate(a + product(h, recurrent_kernel))
+        after = f * c + i * g
+        carry = hold(keep, (after, (o * jnp.tanh(after)).astype(h.dtype)), carry)
+        return carry, (carry[1], plan.kept(activated, recurrent_kernel.dtype))
+
+    def chunk(carry, rows, _):
+        x, keep = rows
+        after, outs = scan(step, carry, (add_bias(product(visible(x, keep), input_kernel), bias), keep))
+        return after, (*outs, jax.tree.map(lambda s: s[None], carry))
+
+    xs = plan.run_order(x)
+    carry, (states, activated, starts) = scan_chunks(chunk, (c.astype(wide(c.dtype)), h), (xs, plan.keep(lengths, len(xs))), steps=plan.steps)
+    return plan.given_order(states), carry[0].astype(h.dtype), carry[1], starts, activated
+
+
+@partial(jax.jit, static_argnames=("plan", "needs"))
+def _run_back(x, input_kernel, recurrent_kernel, bias, lengths, y, starts, activated, dy, dc, dh, *, plan: Plan, needs: tuple[bool, ...]):
+    """The gradients of x, both kernels, bias and both states."""
+    dtype, back_kernel = wide(y.dtype), recurrent_kernel.T
+
+    def step(carry, now):
+        dc, dh = carry
+        dy, (i, f, g, o), c_before, tanh_c, keep = now
+        dh = dh + dy.astype(dtype)
+        held, dc = (dc, dh), dc + dh * o * (1 - tanh_c * tanh_c)
+        da = jnp.concatenate([dc * g * i * (1 - i), dc * c_before * f * (1 - f), dc * i * (1 - g * g), dh * tanh_c * o * (1 - o)], -1)
+        da = visible(da, keep)
+        return hold(keep, (dc * f, product(da, back_kernel).astype(dtype)), held), da
+
+    def chunk(carry, rows, start):
+        state, sums = carry
+        dy, x, y, keep, activated = rows
+        x, h = visible(x, keep), before(start[1][0], y)
+        if activated is None:
+            activated = _activate(add_bias(product(x, input_kernel) + product(h, recurrent_kernel), bias))
+        activated = jax.tree.map(lambda a: a.astype(dtype), activated)
+        c_before, c = _cells(start[0][0], activated, keep)
+        state, da = scan(step, state, (dy, activated, c_before, jnp.tanh(c), keep), reverse=True)
+        terms = (lambda: summed_product(x, da, input_kernel), lambda: summed_product(h, da, recurrent_kernel), lambda: da.sum((0, 1)))
+        return (state, add_wanted(sums, terms)), product(da, input_kernel.T).astype(x.dtype) if needs[0] else None
+
+    xs = plan.run_order(x)
+    rows = plan.run_order(dy), xs, plan.run_order(y), plan.keep(lengths, len(xs)), activated
+    carry = (dc.astype(dtype), dh.astype(dtype)), zero_sums((input_kernel, recurrent_kernel, bias), needs[1:4])
+    ((dc, dh), sums), dx = scan_chunks(chunk, carry, rows, starts, steps=plan.steps, reverse=True)
+    return None if dx is None else plan.given_order(dx), *sums, dc, dh
+
+
+def _activate(a: jax.Array) -> tuple[jax.Array, ...]:
+    i, f, g, o = jnp.split(a, 4, -1)
+    return jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+
+
+def _cells(start: jax.Array, activated: tuple[jax.Array, ...], keep: Any) -> tuple[jax.Array, jax.Array]:
+    """The cell state before and after each step of a chunk."""
+    i, f, g, _ = activated
+
+    def step(c, now):
+        f, ig, keep = now
+        after = hold(keep, f * c + ig, c)
+        return after, (c, after)
+
+    return scan(step, start.astype(f.dtype), (f, i * g, keep))[1]
+
+
+def lstm(
+    x: Float[Array, "*batch time features"],
+    input_kernel: Float[Array, "features 4*hidden"],
+    recurrent_kernel: Float[Array, "hidden 4*hidden"],
+    bias: Float[Array, " 4*hidden"] | None = None,
+    *,
+    initial_carry: tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]] | None = None,
+    seq_lengths: Int[Array, "*batch"] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    dtype: Any = None,
+    save: str = "states",
+) -> tuple[Float[Array, "*batch time hidden"], tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]]:
+    """Runs a long short-term memory over a sequence.
+
+    Args:
+        x: the inputs; (time, *batch, features) with `time_major`.
+        input_kernel: for the gates i, f, g, o, one after the other along the last axis.
+        recurrent_kernel: the same, of the hidden state.
+        bias: the same, or None. The two of PyTorch are added to one.
+        initial_carry: the states (c, h) before the first step, as in Flax; zeros by default.
+        seq_lengths: steps from there on are padding: the state stays as it is, is the output there, and x gets no gradient, whatever it holds.
+        reverse: runs from the last step of each sequence to the first. Outputs keep the order of `x`.
+        time_major: whether the time axis of `x` and of the outputs is the first one.
+        dtype: of the matrix products; by default that which all arrays promote to.
+        save: what backward keeps beyond arguments and outputs: "states", two states a chunk of time; or "gates", also the gates of every step,
+            which it need not compute again.
+
+    Returns:
+        `(outputs, (c, h))`: the hidden state after each step, (*batch, time, hidden), and both states after the last step.
+
+    Raises:
+        ValueError: where shapes do not fit, or for an unknown `save`.
+        TypeError: where arrays are not of a floating-point dtype, or lengths not of integers.
+
+    Reference: Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997; layout of the gates: `flax.nnx.OptimizedLSTMCell`.
+    """
+    kernels = {"input_kernel": input_kernel, "recurrent_kernel": recurrent_kernel}
+    options: dict[str, Any] = {"reverse": reverse, "time_major": time_major, "dtype": dtype, "save": save}
+    s = prepare("lstm", x, kernels, {"bias": bias}, initial_carry, seq_lengths, gates=4, states=2, **options)
+    if not s.time:
+        c, h = s.states(*s.carry)
+        return s.no_steps(), (c, h)
+    y, *carry = LSTMFunction.apply(s.x, *s.parameters, *s.carry, s.lengths, s.plan)
+    c, h = s.states(*carry)
+    return s.outputs(y), (c, h)
+
+
+class LSTM(WholeSequences):
+    """`flax.nnx.RNN(flax.nnx.OptimizedLSTMCell(...))`: the same parameters, under `cell`, calls and values, by `lstm`.
+
+    As in `lstm`, the state is held over padding, and the outputs there are that state.
+
+    Args:
+        in_features, hidden_features: of the cell.
+        time_major, return_carry, reverse, keep_order: as in `flax.nnx.RNN`, and the same of the call.
+        save: as in `lstm`.
+        rngs: where the parameters are drawn from.
+        **cell_options: the other arguments of `flax.nnx.OptimizedLSTMCell`: dtype, param_dtype, kernel_init, ...
+    """
+
+    cells: ClassVar[dict[type, KnownCell]] = {
+        nnx.OptimizedLSTMCell: KnownCell(lstm, ("dense_i",), ("dense_h",), ("dense_h",)),
+        nnx.LSTMCell: KnownCell(lstm, ("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho"), ("hi", "hf", "hg", "ho")),
+    }
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        time_major: bool = False,
+        return_carry: bool = False,
+        reverse: bool = False,
+        keep_order: bool = False,
+        save: str = "states",
+        rngs: nnx.Rngs,
+        **cell_options: Any,
+    ):
+        cell = nnx.OptimizedLSTMCell(in_features, hidden_features, rngs=rngs, **cell_options)
+        super().__init__(cell, time_major=time_major, return_carry=return_carry, reverse=reverse, keep_order=keep_order)
+        self.save = save

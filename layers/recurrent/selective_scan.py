@@ -1,0 +1,251 @@
+"""The selective scan of Mamba: a diagonal state-space model whose step, input and output vary with time.
+
+For each feature and each of its states, with bias and softplus where asked for,
+
+    d_t = softplus(delta_t + bias),   h_t = exp(d_t A) h_{t-1} + d_t u_t B_t
+    y_t = Σ_state C_t h_t + D u_t,    out_t = y_t silu(z_t)
+
+Backward  dy_t = silu(z_t) dout_t,   dz_t = y_t silu'(z_t) dout_t,   dD = Σ u_t dy_t
+          l_t = C_t dy_t + exp(d_{t+1} A) l_{t+1}          (the gradient of h_t in all),   dC_t = Σ_features h_t dy_t
+          w_t = l_t exp(d_t A) h_{t-1}                     (the gradient of d_t A),        dA = Σ_t d_t w_t
+          r_t = Σ_state B_t l_t                            (the gradient of d_t u_t),      dB_t = Σ_features d_t u_t l_t
+          du_t = d_t r_t + D dy_t,   dd_t = u_t r_t + Σ_state A w_t,   ddelta_t = softplus'(delta_t + bias) dd_t
+
+Saved: the arguments and the state at the start of every chunk of `CHUNK` steps. Backward computes the states of a chunk again, so that the
+states of the whole sequence, `state` times the size of u, are nowhere at once. States lie as (batch, state, features): sums over states are
+then sums of rows.
+
+Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, section 3.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from layers.core.function import Function
+from layers.core.numerics import wide
+from layers.core.recompute import barrier
+from layers.recurrent.loops import cut, fold_chunks, put, scan
+
+CHUNK = 16
+"""Steps between two states that are kept: the states of a chunk stay in a core's cache."""
+
+
+class Inputs(NamedTuple):
+    """The arguments of `selective_scan`; those that may be None at the end."""
+
+    u: Any
+    delta: Any
+    a: Any
+    b: Any
+    c: Any
+    d: Any
+    z: Any
+    bias: Any
+    initial: Any
+
+
+class _Chunk(NamedTuple):
+    """What one chunk is computed from, (time, batch, ...), in the wide dtype: the raw and final step sizes, and their product with u."""
+
+    u: jax.Array
+    raw: jax.Array
+    rate: jax.Array
+    drive: jax.Array
+    b: jax.Array
+    c: jax.Array
+    z: Any
+
+    @staticmethod
+    def of(x: Inputs, start: Any, size: int, softplus: bool) -> _Chunk:
+        dtype = wide(x.u.dtype)
+        u, raw, b, c = (cut(v, start, size, dtype) for v in (x.u, x.delta, x.b, x.c))
+        raw = raw if x.bias is None else raw + x.bias.astype(dtype)
+        rate = jax.nn.softplus(raw) if softplus else raw
+        return _Chunk(u, raw, rate, rate * u, b, c, None if x.z is None else cut(x.z, start, size, dtype))
+
+
+class SelectiveScanFunction(Function):
+    @staticmethod
+    def forward(ctx, u, delta, a, b, c, d, z, bias, initial, softplus, chunk):
+        inputs = Inputs(u, delta, a, b, c, d, z, bias, initial)
+        out, last, starts = _forward(inputs, softplus, chunk)
+        ctx.save_for_backward(inputs, starts)
+        ctx.softplus, ctx.chunk = softplus, chunk
+        return out, last
+
+    @staticmethod
+    def backward(ctx, dout, dlast):
+        (x, starts), (dout, dlast) = barrier(ctx.saved_tensors, (dout, dlast))
+        a, d = _parameters(x)
+
+        def step(carry, start, size, state):
+            after, da, dd, dbias, buffers = carry
+            chunk = _Chunk.of(x, start, size, ctx.softplus)
+            dy = cut(dout, start, size, after.dtype)
+            decayed, h = _states(a, chunk, state)
+            dz = None
+            if chunk.z is not None:
+                y = _read(h, chunk.c) + d * chunk.u
+                dz, dy = dy * y * _silu_slope(chunk.z), dy * jax.nn.silu(chunk.z)
+            dc = jnp.einsum("tbnd,tbd->tbn", h, dy)
+            after, dh = _gradients_of_states(a, chunk, dy, after)
+            w, r = dh * decayed, _read(dh, chunk.b)
+            drate = r * chunk.u + (w * a).sum(2)
+            ddelta = drate * jax.nn.sigmoid(chunk.raw) if ctx.softplus else drate
+            rows = (r * chunk.rate + d * dy, ddelta, jnp.einsum("tbnd,tbd->tbn", dh, chunk.drive), dc, dz)
+            buffers = jax.tree.map(lambda into, v: put(into, v, start), buffers, rows)
+            da = da + (w * chunk.rate[:, :, None]).sum((0, 1))
+            return (after, da, dd + (dy * chunk.u).sum((0, 1)), dbias + ddelta.sum((0, 1)), buffers), None
+
+        dtype = wide(x.u.dtype)
+        sums = (jnp.zeros(a.shape, dtype), jnp.zeros(a.shape[1:], dtype), jnp.zeros(a.shape[1:], dtype))
+        buffers = jax.tree.map(jnp.zeros_like, (x.u, x.delta, x.b, x.c, x.z))
+        carry = (jnp.swapaxes(dlast, 1, 2).astype(dtype), *sums, buffers)
+        carry, _ = fold_chunks(step, carry, x.u.shape[1], ctx.chunk, starts, reverse=True, beside=(x, dout))
+        dstate, da, dd, dbias, (du, ddelta, db, dc, dz) = carry
+        dinitial = None if x.initial is None else jnp.swapaxes(dstate, 1, 2)
+        return du, ddelta, da.T, db, dc, None if x.d is None else dd, dz, None if x.bias is None else dbias, dinitial, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        x, _ = ctx.saved_tensors
+        return jax.jvp(lambda x: _forward(x, ctx.softplus, ctx.chunk)[:2], (x,), (Inputs(*tangents[:-2]),))[1]
+
+    @staticmethod
+    def example(key, dtype):
+        shapes = (1, 3, 3), (1, 3, 3), (3, 2), (1, 3, 2), (1, 3, 2), (3,), (1, 3, 3), (3,), (1, 3, 2)
+        u, delta, a, b, c, d, z, bias, initial = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 9), shapes, strict=True))
+        return u, delta, -jnp.exp(a), b, c, d, z, bias, initial, True, 2
+
+
+def _parameters(x: Inputs) -> tuple[jax.Array, Any]:
+    """A as (state, features), and D or 0."""
+    dtype = wide(x.u.dtype)
+    return x.a.T.astype(dtype), 0 if x.d is None else x.d.astype(dtype)
+
+
+def _forward(x: Inputs, softplus: bool, size: int) -> tuple[jax.Array, jax.Array, Any]:
+    """The output, the last state as (batch, features, state), and the state at the start of each chunk."""
+    a, d = _parameters(x)
+
+    def step(carry, start, length, _):
+        state, out = carry
+        chunk = _Chunk.of(x, start, length, softplus)
+
+        def one(h, t):
+            rate, drive, b, c = t
+            h = jnp.exp(rate[:, None] * a) * h + drive[:, None] * b[:, :, None]
+            return h, (h * c[:, :, None]).sum(1)
+
+        last, y = scan(one, state, (chunk.rate, chunk.drive, chunk.b, chunk.c), beside=a)
+        y = y + d * chunk.u
+        return (last, put(out, y if chunk.z is None else y * jax.nn.silu(chunk.z), start)), state
+
+    batch, length, features = x.u.shape
+    shape = (batch, x.a.shape[1], features)
+    state = jnp.zeros(shape, a.dtype) if x.initial is None else jnp.swapaxes(x.initial, 1, 2).astype(a.dtype)
+    (last, out), starts = fold_chunks(step, (state, jnp.zeros_like(x.u)), length, size, beside=x)
+    return out, jnp.swapaxes(last, 1, 2), starts
+
+
+def _states(a: jax.Array, chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """exp(d_t A) h_{t-1} and h_t for the steps of a chunk."""
+
+    def one(h, t):
+        rate, drive, b = t
+        decayed = jnp.exp(rate[:, None] * a) * h
+        h = decayed + drive[:, None] * b[:, :, None]
+        return h, (decayed, h)
+
+    return scan(one, state, (chunk.rate, chunk.drive, chunk.b), beside=a)[1]
+
+
+def _gradients_of_states(a: jax.Array, chunk: _Chunk, dy: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """exp(d A) l at the first step of a chunk, and l_t, the gradient of h_t, for each; `after` is the former of the chunk after it."""
+
+    def one(after, t):
+        rate, c, dy = t
+        dh = after + c[:, :, None] * dy[:, None]
+        return jnp.exp(rate[:, None] * a) * dh, dh
+
+    return scan(one, after, (chunk.rate, chunk.c, dy), reverse=True, beside=a)
+
+
+def _read(states: jax.Array, weights: jax.Array) -> jax.Array:
+    """Σ_state weights states, for (time, batch, state, features) and (time, batch, state)."""
+    return (states * weights[..., None]).sum(2)
+
+
+def _silu_slope(z: jax.Array) -> jax.Array:
+    s = jax.nn.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def selective_scan(
+    u: Float[Array, "batch time features"],
+    delta: Float[Array, "batch time features"],
+    A: Float[Array, "features state"],
+    B: Float[Array, "batch time state"],
+    C: Float[Array, "batch time state"],
+    D: Float[Array, " features"] | None = None,
+    *,
+    z: Float[Array, "batch time features"] | None = None,
+    delta_bias: Float[Array, " features"] | None = None,
+    delta_softplus: bool = False,
+    initial_state: Float[Array, "batch features state"] | None = None,
+    return_last_state: bool = False,
+) -> Any:
+    """Runs h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and reads y_t = C_t h_t + D u_t from it.
+
+    Args:
+        u: inputs.
+        delta: step sizes.
+        A: rates, negative for a state that fades.
+        B: how the input enters each state.
+        C: how each state is read.
+        D: the share of the input that goes straight to the output; None for 0.
+        z: a gate; the output is multiplied by silu(z). None for no gate.
+        delta_bias: is added to `delta`.
+        delta_softplus: whether step sizes are softplus(delta + delta_bias).
+        initial_state: the state before the first step; None for zeros.
+        return_last_state: whether to return the state after the last step too.
+
+    Returns:
+        An array of the shape and dtype of `u`; with `return_last_state` also the last state, (batch, features, state), of float32 or wider.
+
+    Raises:
+        ValueError: where a shape does not fit `u` and `A`.
+        TypeError: where an argument is not of a real floating-point dtype.
+
+    Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023; the meanings of the arguments are those of
+    `selective_scan_fn` of its authors, with time before features.
+    """
+    given = Inputs(*(None if x is None else jnp.asarray(x) for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)))
+    _check(given)
+    out, last = SelectiveScanFunction.apply(*given, bool(delta_softplus), CHUNK)
+    return (out, last) if return_last_state else out
+
+
+_NAMES = Inputs("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+
+
+def _check(x: Inputs) -> None:
+    for name, value in zip(_NAMES, x, strict=True):
+        if value is not None and not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"selective_scan: {name} is of dtype {value.dtype}, but must be of a real floating-point dtype: cast it")
+    if x.u.ndim != 3:
+        raise ValueError(f"selective_scan: u has shape {x.u.shape}, but must be (batch, time, features); use jax.vmap for further axes")
+    batch, length, features = x.u.shape
+    if x.a.ndim != 2 or x.a.shape[0] != features:
+        raise ValueError(f"selective_scan: A has shape {x.a.shape}, but must be (features, state) with the {features} features of u, {x.u.shape}")
+    state = x.a.shape[1]
+    row, by_state = (batch, length, features), (batch, length, state)
+    wanted = Inputs(row, row, (features, state), by_state, by_state, (features,), row, (features,), (batch, features, state))
+    for name, value, shape in zip(_NAMES, x, wanted, strict=True):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"selective_scan: {name} has shape {value.shape}, but must have shape {shape} for u {x.u.shape} and A {x.a.shape}")

@@ -1,0 +1,118 @@
+"""What makes a `flax.nnx.RNN` run its cell over the whole sequence by one function, where it knows the cell.
+
+What is known of a cell stands in a table: its type, the names of its layers in the order of the gates, and the function to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from flax.nnx.nn.recurrent import flip_sequences
+from jax import lax
+
+
+@dataclass(frozen=True)
+class KnownCell:
+    """How a cell of Flax is run: by `run`, with the kernels and the biases of these layers of it, joined in this order."""
+
+    run: Callable[..., tuple[jax.Array, Any]]
+    input_layers: tuple[str, ...]
+    recurrent_layers: tuple[str, ...]
+    biased_layers: tuple[str, ...]
+
+    def parameters(self, cell: Any) -> list[Any]:
+        """The input kernel, the recurrent kernel and the bias."""
+        named = ((self.input_layers, "kernel"), (self.recurrent_layers, "kernel"), (self.biased_layers, "bias"))
+        return [_joined([getattr(getattr(cell, layer), name)[...] for layer in layers]) for layers, name in named]
+
+
+class WholeSequences(nnx.RNN):
+    """A `flax.nnx.RNN` that runs a cell it knows by one function, any other by Flax's code.
+
+    Attributes:
+        cells: what it knows.
+        save: as in `lstm` and `gru`.
+    """
+
+    cells: ClassVar[dict[type, KnownCell]] = {}
+    save = "states"
+
+    @classmethod
+    def swap_obstacle(cls, rnn: Any) -> str:
+        """Why an RNN is left to Flax's code; empty where it is not."""
+        return _obstacle(rnn, cls.cells)
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        initial_carry: Any = None,
+        seq_lengths: Any = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+        rngs: Any = None,
+    ) -> Any:
+        if self.swap_obstacle(self):
+            options = {"return_carry": return_carry, "time_major": time_major, "reverse": reverse, "keep_order": keep_order}
+            return super().__call__(inputs, initial_carry=initial_carry, seq_lengths=seq_lengths, rngs=rngs, **options)
+        return_carry = self.return_carry if return_carry is None else return_carry
+        time_major = self.time_major if time_major is None else time_major
+        reverse = self.reverse if reverse is None else reverse
+        keep_order = self.keep_order if keep_order is None else keep_order
+        x = jnp.asarray(inputs)
+        cell: Any = self.cell
+        if initial_carry is None:
+            rngs = self.rngs if rngs is None else rngs
+            rngs = rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs
+            initial_carry = cell.initialize_carry(_without_time(x.shape, time_major), rngs)
+        known = self.cells[type(cell)]
+        parameters = known.parameters(cell)
+        outputs, carry = known.run(
+            x.astype(dtypes.canonicalize_dtype(x)),
+            *parameters,
+            initial_carry=initial_carry,
+            seq_lengths=seq_lengths,
+            reverse=reverse,
+            time_major=time_major,
+            dtype=dtypes.canonicalize_dtype(x, *parameters, dtype=cell.dtype),
+            save=self.save,
+        )
+        if reverse and not keep_order:
+            outputs = flip_sequences(outputs, seq_lengths, num_batch_dims=x.ndim - 2, time_major=time_major)
+        return (carry, outputs) if return_carry else outputs
+
+
+def _obstacle(rnn: Any, cells: dict[type, KnownCell]) -> str:
+    cell: Any = rnn.cell
+    if type(cell) not in cells:
+        return f"its cell is a {type(cell).__name__}"
+    if cell.gate_fn is not nnx.sigmoid or cell.activation_fn is not nnx.tanh:
+        return "its cell has activations of its own"
+    known = cells[type(cell)]
+    if cell.promote_dtype is not dtypes.promote_dtype or not all(_is_plain(getattr(cell, n)) for n in (*known.input_layers, *known.recurrent_layers)):
+        return "its cell has products or promotions of its own"
+    if rnn.broadcast_rngs is not None or rnn.state_axes != nnx.StateAxes({...: nnx.Carry}):
+        return "it has state axes of its own"
+    return ""
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer of a cell is a linear layer, Flax's or this library's, and nothing more."""
+    plain = isinstance(layer, nnx.Linear) and (type(layer) is nnx.Linear or type(layer).__module__ == "layers.linear.linear")
+    return plain and layer.dot_general is lax.dot_general and layer.precision is None and layer.preferred_element_type is None
+
+
+def _joined(parts: list[jax.Array]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
+
+
+def _without_time(shape: tuple[int, ...], time_major: bool) -> tuple[int, ...]:
+    return shape[1:] if time_major else (*shape[:-2], shape[-1])
