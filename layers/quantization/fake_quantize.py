@@ -9,7 +9,7 @@ For an entry inside, y = s round(x / s), so dy/ds = q - u with the rounding pass
 N is the number of entries that share a step, and g is LSQ's scale of its gradient.
 Saved     x and s; the quotient is recomputed.
 
-With no step given, s = max|x| / p: nothing is clipped, dx = dy, and s has no gradient.
+With no step given, s = max|x| / p, without gradient. Then no u lies above p but by rounding, and nothing is clipped there: dx = dy.
 
 Reference: Esser et al., "Learned Step Size Quantization", 2020, equations 1 to 5.
 """
@@ -37,9 +37,10 @@ def _quotient(x: jax.Array, step: jax.Array) -> jax.Array:
 
 class FakeQuantizeFunction(Function):
     @staticmethod
-    def forward(ctx, x, step, bits, signed):
+    def forward(ctx, x, step, bits, signed, *, absmax=False):
         ctx.save_for_backward(x, step)
         ctx.levels = low, high = _levels(bits, signed)
+        ctx.absmax = absmax
         quantised = jnp.round(jnp.clip(_quotient(x, step), low, high))
         return (quantised * step.astype(quantised.dtype)).astype(x.dtype)
 
@@ -48,7 +49,7 @@ class FakeQuantizeFunction(Function):
         (x, step), dy = barrier(ctx.saved_tensors, dy)
         low, high = ctx.levels
         u = _quotient(x, step)
-        inside = (u >= low) & (u <= high)
+        inside = (u >= low) & (ctx.absmax | (u <= high))
         dx = jnp.where(inside, dy, 0)
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None
@@ -107,8 +108,9 @@ def fake_quantize(
     if not x.size:
         return x
     spread = () if axis is None else tuple(-1 if i == axis % x.ndim else 1 for i in range(x.ndim))
+    absmax = step is None
     if step is None:
         others = tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)
         high = _levels(bits, signed)[1]
         step = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=others).astype(wide(x.dtype)) / high)
-    return FakeQuantizeFunction.apply(x, jnp.asarray(step).reshape(spread), bits, signed)
+    return FakeQuantizeFunction.apply(x, jnp.asarray(step).reshape(spread), bits, signed, absmax=absmax)

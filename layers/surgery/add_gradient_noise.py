@@ -4,7 +4,8 @@ Forward   y = x
 Backward  dx = dy + stddev n,  n ~ N(0, 1) drawn from key
 Saved     key.
 
-Forward mode, which has no gradient to add to, is that of the forward.
+Forward mode, which has no gradient to add to, is that of the forward. The same key gives the same noise: to each example under `vmap`, at each step
+of a `scan`, on each device under `shard_map`, unless each has a key of its own.
 
 Reference: Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks", 2015.
 """

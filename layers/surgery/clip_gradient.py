@@ -5,7 +5,8 @@ Backward  dx = clip(dy, -max_value, max_value), then dx min(1, max_norm / |dx|)
 Saved     nothing.
 
 |dx| is the 2-norm over all leaves of the pytree together, accumulated in float32 or wider. The rule is not linear in dy, so no function has this
-gradient; forward mode, which has no gradient to clip, is that of the forward.
+gradient; forward mode, which has no gradient to clip, is that of the forward. Under `vmap` each example is clipped for itself, under `shard_map`
+the part of each device.
 
 Reference: Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
 """

@@ -104,6 +104,12 @@ def test_absmax_step_clips_nothing_but_the_lowest(axis):
     np.testing.assert_array_equal(gradient(lambda x: layers.fake_quantize(x, bits=8, axis=axis), X), DY)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_largest_entry_of_each_channel_keeps_its_gradient(dtype):
+    x = jax.random.normal(jax.random.key(0), (1000, 8), dtype)
+    np.testing.assert_array_equal(jax.grad(lambda x: layers.fake_quantize(x, bits=4, axis=0).sum())(x), jnp.ones_like(x))
+
+
 def test_zero_step_and_zero_input_are_finite():
     zero = jnp.zeros((2, 3))
     for x, step in ((zero, None), (X, jnp.float32(0.0))):

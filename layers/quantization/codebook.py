@@ -1,0 +1,105 @@
+"""What vector quantisers share: the nearest code, the estimators of its gradient, sums for each code.
+
+Nearest    argmin_k |x - e_k|² = argmin_k |e_k|² - 2 x·e_k, for blocks of rows, so that the (rows, codes) matrix is never whole. Both are moved by
+           the mean code first, so that codes far from the origin lose no digits. The mean is rounded to 8 bits: on a grid the differences stay
+           exact, and so do ties.
+Rotation   With x̂ = x / |x|, q̂ = q / |q| and r = (x̂ + q̂) / |x̂ + q̂|, the map R = I - 2 r rᵀ + 2 q̂ x̂ᵀ turns x̂ into q̂, and q = λ R x, λ = |q| / |x|.
+           Its transpose, with λ and R held, is dx = λ (dy - 2 r (r·dy) + 2 x̂ (q̂·dy)). Where x is 0 there is no direction: dx = dy.
+
+Reference: van den Oord, Vinyals and Kavukcuoglu, "Neural Discrete Representation Learning", 2017; Fifty et al., "Restructuring Vector
+Quantization with the Rotation Trick", 2024 (arXiv 2410.06424).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from layers.core.blocks import block_size, map_blocks
+from layers.core.numerics import safe_reciprocal, wide
+
+GRADIENTS = ("straight_through", "rotation")
+
+BLOCK_BYTES = 1 << 21
+"""Of the distances of a block of rows: they stay in a core's cache."""
+
+LEAST_ROWS = 64
+"""A block has as many, however large the codebook: a matrix product of fewer rows is slow."""
+
+
+def nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
+    """The index of the nearest code for each row, the first of several.
+
+    Where no distance is a number, the first code that is not finite, so that it shows, or else 0.
+
+    Args:
+        x: (rows, features).
+        codebook: (codes, features).
+
+    Returns:
+        (rows,), int32.
+    """
+    dtype = wide(jnp.promote_types(x.dtype, codebook.dtype))
+    codes = codebook.astype(dtype)
+    centre = lax.reduce_precision(codes.mean(0), exponent_bits=8, mantissa_bits=7)
+    codes = codes - centre
+    squares = jnp.square(codes).sum(-1)
+    count = len(codes)
+    broken = jnp.argmax(~jnp.isfinite(codebook).all(-1)).astype(jnp.int32)
+
+    def index(rows: jax.Array) -> jax.Array:
+        scores = squares - 2 * jnp.matmul(rows.astype(dtype) - centre, codes.T, precision=lax.Precision.HIGHEST)
+        least = scores.min(-1, keepdims=True)
+        first = jnp.where(scores == least, jnp.arange(count, dtype=jnp.int32), count).min(-1)
+        return jnp.where(first == count, broken, first)
+
+    block = block_size(len(x), max(LEAST_ROWS, BLOCK_BYTES // (dtype.itemsize * count)))
+    return map_blocks(index, x, block=block)
+
+
+def pull_back(gradient: str, x: jax.Array, q: jax.Array, dy: jax.Array) -> jax.Array:
+    """The gradient of `x` from that of `q`, its quantised vectors, by the estimator named `gradient`; all (rows, features)."""
+    if gradient == "straight_through":
+        return dy
+    dtype = wide(x.dtype)
+    x, q, dy = (v.astype(dtype) for v in (x, q, dy))
+    x, q = lax.stop_gradient((x, q))
+    length, size = _norm(x), _norm(q)
+    xhat, qhat = x * safe_reciprocal(length), q * safe_reciprocal(size)
+    r = xhat + qhat
+    r = r * safe_reciprocal(_norm(r))
+    turned = dy - 2 * r * (r * dy).sum(-1, keepdims=True) + 2 * xhat * (qhat * dy).sum(-1, keepdims=True)
+    return jnp.where(length == 0, dy, size * safe_reciprocal(length) * turned)
+
+
+def code_sums(rows: jax.Array, indices: jax.Array, count: int) -> jax.Array:
+    """The sum of the rows of each index, (count, features), in float32 or wider."""
+    return jax.ops.segment_sum(rows.astype(wide(rows.dtype)), indices, count)
+
+
+def mean_square(x: jax.Array) -> jax.Array:
+    """The mean of the squares of all entries, 0 where there are none."""
+    return jnp.square(x).sum() / max(x.size, 1)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """The length of each row, without overflow or underflow of the squares."""
+    largest = jnp.abs(x).max(-1, keepdims=True, initial=0)
+    return largest * jnp.sqrt(jnp.square(x * safe_reciprocal(largest)).sum(-1, keepdims=True))
+
+
+def check_vectors(name: str, x: jax.Array, codebook: jax.Array, gradient: str) -> None:
+    """Raises what the public functions raise."""
+    for what, array in (("x", x), ("codebook", codebook)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name}: {what} is of dtype {array.dtype}, but must be of a floating-point dtype: cast it, {what}.astype('float32')")
+    if codebook.ndim != 2 or codebook.shape[0] == 0:
+        raise ValueError(f"{name}: codebook has shape {codebook.shape}, but must be (codes, features) with at least one code")
+    if x.ndim < 1 or x.shape[-1] != codebook.shape[1]:
+        raise ValueError(
+            f"{name}: codebook has shape {codebook.shape}, but its last axis must be that of x (x: {x.shape}); "
+            "move the features of x to the end, jnp.moveaxis(x, axis, -1)"
+        )
+    if gradient not in GRADIENTS:
+        raise ValueError(f"{name}: gradient is {gradient!r}, but must be one of {', '.join(GRADIENTS)}")

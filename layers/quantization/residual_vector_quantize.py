@@ -1,0 +1,114 @@
+"""Residual vector quantisation: codebook after codebook, each on what the ones before have left.
+
+    r_0 = x,   i_j = the nearest code of codebook j to r_j,   r_{j+1} = r_j - q_j,   q_j = codebook_j[i_j],   n = the number of entries of x
+Forward   y = Σ_j q_j,   codebook loss j = commitment loss j = Σ |r_{j+1}|² / n
+Backward  dx = J dy + Σ_j 2 dcommitment_j r_{j+1} / n,    J by the estimator: the identity (straight through), or the rotation that takes x to y
+          dcodebook_j[k] = -Σ_{i_j = k} 2 dcodebook_loss_j r_{j+1} / n
+
+In the losses of codebook j the codes of the ones before are constants. The estimator acts once, on the sum: estimators one after the other would
+return J dy for each codebook, that is dy times their number.
+Saved     x, the codebooks and the indices; every q and r is recomputed.
+
+Reference: Zeghidour et al., "SoundStream: An End-to-End Neural Audio Codec", 2021, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from layers.core.function import Function
+from layers.core.numerics import wide
+from layers.core.recompute import barrier
+from layers.quantization.codebook import check_vectors, code_sums, mean_square, nearest, pull_back
+from layers.quantization.vector_quantize import QuantizationLosses
+
+
+class ResidualVectorQuantizeFunction(Function):
+    @staticmethod
+    def forward(ctx, x, codebooks, gradient):
+        ctx.set_materialize_grads(False)
+        ctx.gradient = gradient
+        rest, indices, losses = x.astype(wide(x.dtype)), [], []
+        for codebook in codebooks:
+            indices.append(nearest(rest, codebook))
+            rest = rest - codebook[indices[-1]].astype(rest.dtype)
+            losses.append(mean_square(rest))
+        chosen = jnp.stack(indices, -1)
+        ctx.save_for_backward(x, codebooks, chosen)
+        return _total(codebooks, chosen, rest.dtype).astype(x.dtype), chosen, jnp.stack(losses), jnp.stack(losses)
+
+    @staticmethod
+    def backward(ctx, dy, _, dcodebook_losses, dcommitments):
+        (x, codebooks, indices), (dy, dcodebook_losses, dcommitments) = barrier(ctx.saved_tensors, (dy, dcodebook_losses, dcommitments))
+        dtype, scale = wide(x.dtype), 2 / max(x.size, 1)
+        dx = jnp.zeros(x.shape, dtype)
+        if dy is not None and ctx.needs_input_grad[0]:
+            dx = pull_back(ctx.gradient, x, _total(codebooks, indices, dtype), dy).astype(dtype)
+        hold, dcodebooks, before = lax.stop_gradient, [], x.astype(dtype)
+        for j, codebook in enumerate(codebooks):
+            q = codebook[indices[:, j]].astype(dtype)
+            if dcodebook_losses is not None:
+                dcodebooks.append(code_sums(scale * dcodebook_losses[j] * (q - hold(before)), indices[:, j], len(codebook)))
+            before = before - hold(q)
+            if dcommitments is not None:
+                dx = dx + scale * dcommitments[j] * before
+        return dx, tuple(dcodebooks) or None, None
+
+    @staticmethod
+    def surrogate(x, codebooks, gradient):
+        hold, rest, losses = lax.stop_gradient, x, []
+        for codebook in codebooks:
+            q = codebook[jnp.argmin(jnp.square(rest[:, None] - codebook).sum(-1), -1)]
+            losses.append((jnp.mean((hold(rest) - q) ** 2), jnp.mean((rest - hold(q)) ** 2)))
+            rest = rest - hold(q)
+        return x, jnp.stack([a for a, _ in losses]), jnp.stack([b for _, b in losses])
+
+    @staticmethod
+    def example(key, dtype):
+        keys = jax.random.split(key, 3)
+        x, *codebooks = (jax.random.normal(k, s, dtype) for k, s in zip(keys, ((7, 3), (5, 3), (4, 3)), strict=True))
+        return x, tuple(codebooks), "straight_through"
+
+
+def _total(codebooks: Sequence[jax.Array], indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The sum of the chosen codes."""
+    return sum((c[indices[:, j]].astype(dtype) for j, c in enumerate(codebooks)), jnp.zeros((), dtype))
+
+
+def residual_vector_quantize(
+    x: Float[Array, "*batch features"],
+    codebooks: Sequence[Float[Array, "codes features"]] | Float[Array, "quantizers codes features"],
+    *,
+    gradient: str = "straight_through",
+) -> tuple[Float[Array, "*batch features"], Int[Array, "*batch quantizers"], QuantizationLosses]:
+    """Quantises each vector by a sum of codes, one of each codebook, each the nearest to what the ones before have left.
+
+    Args:
+        x: vectors.
+        codebooks: one or more, in their order; they may differ in the number of codes. A stacked array where they do not.
+        gradient: how the gradient of the sum comes back to `x`, as in `vector_quantize`.
+
+    Returns:
+        The quantised vectors, of the shape and dtype of `x`; the index of the code in each codebook, int32; and the losses, with an entry for
+        each codebook: `losses.codebook`, whose gradient moves the codes, and `losses.commitment`, whose gradient moves `x`.
+
+    Raises:
+        ValueError: where there is no codebook, the shapes do not fit, a codebook is empty, or `gradient` is unknown.
+        TypeError: where `x` or a codebook is not of a floating-point dtype.
+
+    Reference: Zeghidour et al., "SoundStream: An End-to-End Neural Audio Codec", 2021, algorithm 1.
+    """
+    x, books = jnp.asarray(x), tuple(jnp.asarray(c) for c in codebooks)
+    if not books:
+        raise ValueError("residual_vector_quantize: codebooks is empty, but there must be at least one codebook, (codes, features)")
+    for codebook in books:
+        check_vectors("residual_vector_quantize", x, codebook, gradient)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y, indices, *losses = ResidualVectorQuantizeFunction.apply(rows, books, gradient)
+    return y.reshape(x.shape), indices.reshape(*x.shape[:-1], len(books)), QuantizationLosses(*losses)
