@@ -16,7 +16,8 @@ Forward mode, the same read the other way, with ṡ = slope scale (q̇ kᵀ + q 
 
 A query that sees no key has lse = -inf, out = 0 and no gradient.
 
-Saved: q, k, v, bias, sinks, masks (all arguments), out and lse, one number for each query and head.
+Saved: q, k, v, bias, sinks, masks (all arguments), out and lse, one number for each query and head; in 16 bits also what rounding took
+from out, which delta needs to be no less exact than autodiff's.
 
 Reference: Dao, "FlashAttention-2", 2023; Rabe and Staats, "Self-attention does not need O(n²) memory", 2021; sinks: OpenAI, gpt-oss, 2025.
 """
@@ -27,8 +28,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from layers.attention import arguments
 from layers.attention.tiles import Grid, Hidden, Options, Tile, dot, merge_heads
 from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
@@ -44,7 +47,7 @@ class DotProductAttentionFunction(Function):
             largest, total, out = carry
             s, _ = tile.scores(tile.queries(q), tile.keys(k), bias)
             before = tile.queries(largest)
-            now = jnp.maximum(before, s.max(-1))
+            now = jnp.maximum(before, lax.stop_gradient(s).max(-1))
             finite = jnp.where(now == -jnp.inf, 0, now)
             p, fade = jnp.exp(s - finite[..., None]), jnp.exp(before - finite)
             mp = _times(p, tile.multiplier(dtype)).astype(v.dtype)
@@ -52,20 +55,21 @@ class DotProductAttentionFunction(Function):
             part = fade[..., None] * tile.queries(out) + dot("bkgqs,bskh->bkgqh", mp, tile.keys(v))
             return tile.put(largest, merge_heads(now), 0), total, tile.put(out, merge_heads(part), 0)
 
-        largest = jnp.full(q.shape[:3], -jnp.inf, dtype) if sinks is None else jnp.broadcast_to(sinks.astype(dtype), q.shape[:3])
-        total = jnp.full(q.shape[:3], 0 if sinks is None else 1, dtype)
+        largest, total = (jnp.broadcast_to(x, q.shape[:3]) for x in _before_any_key(sinks, dtype))
         largest, total, out = grid.fold(step, (largest, total, jnp.zeros((*q.shape[:3], v.shape[3]), dtype)))
-        out = (out * safe_reciprocal(total)[..., None]).astype(q.dtype)
-        lse = jnp.where(total > 0, largest + jnp.log(total), -jnp.inf)
-        ctx.save_for_backward(q, k, v, bias, sinks, hidden, out, lse)
+        exact = out * safe_reciprocal(total)[..., None]
+        out = exact.astype(q.dtype)
+        lost = None if out.dtype == dtype else (exact - out).astype(q.dtype)
+        lse = jnp.where(total > 0, largest + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
+        ctx.save_for_backward(q, k, v, bias, sinks, hidden, out, lost, lse)
         ctx.options = options
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        (q, k, v, bias, sinks, hidden, out, lse), (dout, dlse) = barrier(ctx.saved_tensors, (dout, dlse))
+        (q, k, v, bias, sinks, hidden, out, lost, lse), (dout, dlse) = barrier(ctx.saved_tensors, (dout, dlse))
         grid, dtype = Grid.of(q, k, hidden, ctx.options), wide(q.dtype)
-        delta = jnp.sum(dout.astype(dtype) * out.astype(dtype), -1) - dlse
+        delta = jnp.sum(dout.astype(dtype) * _exact(out, lost, dtype), -1) - dlse
         wants_bias = bias is not None and ctx.needs_input_grad[3]
 
         def step(carry, tile: Tile):
@@ -73,12 +77,12 @@ class DotProductAttentionFunction(Function):
             qt, kt, doutt = tile.queries(q), tile.keys(k), tile.queries(dout)
             p, slope = _weights(tile, qt, kt, bias, lse)
             multiplier = tile.multiplier(dtype)
-            dv = tile.add(dv, dot("bkgqs,bkgqh->bskh", _times(p, multiplier).astype(v.dtype), doutt), 1)
+            dv = tile.add(dv, dot("bkgqs,bkgqh->bskh", _times(p, multiplier), doutt), 1)
             dp = _times(dot("bkgqh,bskh->bkgqs", doutt, tile.keys(v)), multiplier)
             ds = p * (dp - tile.queries(delta)[..., None])
             if wants_bias:
                 dbias = tile.add_to_plane(dbias, ds)
-            ds = (slope * ds).astype(q.dtype)
+            ds = slope * ds
             dq = tile.add(dq, merge_heads(dot("bkgqs,bskh->bkgqh", ds, kt)) * ctx.options.scale, 0)
             dk = tile.add(dk, dot("bkgqs,bkgqh->bskh", ds, qt) * ctx.options.scale, 1)
             return dq, dk, dv, dbias
@@ -90,7 +94,7 @@ class DotProductAttentionFunction(Function):
 
     @staticmethod
     def jvp(ctx, dq, dk, dv, dbias, dsinks, _hidden, _options):
-        q, k, v, bias, sinks, hidden, out, lse = ctx.saved_tensors
+        q, k, v, bias, sinks, hidden, out, lost, lse = ctx.saved_tensors
         grid, dtype = Grid.of(q, k, hidden, ctx.options), wide(q.dtype)
 
         def step(carry, tile: Tile):
@@ -107,7 +111,7 @@ class DotProductAttentionFunction(Function):
         dout, dlse = grid.fold(step, (jnp.zeros(out.shape, dtype), jnp.zeros(lse.shape, dtype)))
         if sinks is not None:
             dlse = dlse + _sink_weights(sinks, lse) * dsinks.astype(dtype)
-        return dout - dlse[..., None] * out, dlse
+        return dout - dlse[..., None] * _exact(out, lost, dtype), dlse
 
     @staticmethod
     def example(key, dtype):
@@ -116,6 +120,28 @@ class DotProductAttentionFunction(Function):
         q, k, v, bias, sinks = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
         hidden = Hidden(key_lengths=jnp.array([5, 3]), words=jnp.array([1, 2], jnp.uint32))
         return q, k, v, bias, sinks, hidden, Options(scale=0.5, cap=2.0, low=-1, high=3, rate=0.2, blocks=(4, 2))
+
+
+def _before_any_key(sinks: jax.Array | None, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The largest score and the sum of exp(s - largest) of a query that has seen the sink only.
+
+    What is subtracted changes no output, so second derivatives hold it fixed: where XLA computes a score twice and rounds it differently, the
+    derivative of a maximum is 0 / 0.
+    """
+    if sinks is None:
+        return jnp.full((), -jnp.inf, dtype), jnp.zeros((), dtype)
+    sinks = _finite_above(sinks, dtype)
+    largest = lax.stop_gradient(sinks)
+    return largest, jnp.exp(sinks - jnp.where(largest == -jnp.inf, 0, largest))
+
+
+def _finite_above(sinks: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.minimum(sinks.astype(dtype), jnp.finfo(dtype).max / 2)
+
+
+def _exact(out: jax.Array, lost: jax.Array | None, dtype: Any) -> jax.Array:
+    """The output before it was rounded: where the weights are peaked, delta and dp nearly cancel, and its rounding would be all that is left."""
+    return out.astype(dtype) if lost is None else out.astype(dtype) + lost.astype(dtype)
 
 
 def _times(x: jax.Array, multiplier: jax.Array | None) -> jax.Array:
@@ -130,7 +156,7 @@ def _weights(tile: Tile, q: jax.Array, k: jax.Array, bias: Any, lse: jax.Array) 
 
 
 def _sink_weights(sinks: jax.Array, lse: jax.Array) -> jax.Array:
-    return jnp.exp(sinks.astype(lse.dtype) - jnp.where(lse == -jnp.inf, jnp.inf, lse))
+    return jnp.exp(_finite_above(sinks, lse.dtype) - jnp.where(lse == -jnp.inf, jnp.inf, lse))
 
 
 def dot_product_attention(
@@ -190,7 +216,7 @@ def dot_product_attention(
     """
     return_logsumexp = return_logsumexp or return_residual
     if implementation == "cudnn":
-        _refuse_for_cudnn(logit_soft_cap=logit_soft_cap, segment_ids=segment_ids, sinks=sinks, dropout_rate=dropout_rate or None)
+        arguments.refuse_for_cudnn(logit_soft_cap=logit_soft_cap, segment_ids=segment_ids, sinks=sinks, dropout_rate=dropout_rate or None)
         extra: dict[str, Any] = {"return_residual": True} if return_logsumexp else {}
         theirs: Any = jax.nn.dot_product_attention
         return theirs(
@@ -210,109 +236,26 @@ def dot_product_attention(
     if implementation not in (None, "xla"):
         raise ValueError(f"dot_product_attention: implementation is {implementation!r}, but must be 'xla', 'cudnn' or None")
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    _check_query_key_value(query, key, value)
+    arguments.check_query_key_value(query, key, value)
     batched = query.ndim == 4
     q, k, v = (x if batched else x[None] for x in (query, key, value))
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else scale
     if isinstance(scale, jax.Array):
         q, scale = q * scale.astype(q.dtype), 1.0
-    low, high = _bounds(is_causal, local_window_size)
+    low, high = arguments.bounds_of(is_causal, local_window_size)
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    query_segments, key_segments = _segments(segment_ids, q, k)
+    query_segments, key_segments = arguments.segments_of(segment_ids, q, k)
     hidden = Hidden(
-        mask=_plane("mask", mask, full),
-        query_lengths=_lengths("query_seq_lengths", query_seq_lengths, full[0]),
-        key_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, full[0]),
+        mask=arguments.plane_of("mask", mask, full),
+        query_lengths=arguments.lengths_of("query_seq_lengths", query_seq_lengths, full[0]),
+        key_lengths=arguments.lengths_of("key_value_seq_lengths", key_value_seq_lengths, full[0]),
         query_segments=query_segments,
         key_segments=key_segments,
-        words=_words(dropout_rate, dropout_key),
+        words=arguments.words_of(dropout_rate, dropout_key),
     )
     options = Options(
         float(scale or 0.0), None if logit_soft_cap is None else float(logit_soft_cap), low, high, float(dropout_rate), broadcast_dropout
     )
-    out, lse = DotProductAttentionFunction.apply(q, k, v, _plane("bias", bias, full), _sinks(sinks, full[1]), hidden, options)
+    out, lse = DotProductAttentionFunction.apply(q, k, v, arguments.plane_of("bias", bias, full), arguments.sinks_of(sinks, full[1]), hidden, options)
     out, lse = (out, lse) if batched else (out[0], lse[0])
     return (out, lse) if return_logsumexp else out
-
-
-def _check_query_key_value(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    shapes = f"(query: {q.shape}, key: {k.shape}, value: {v.shape})"
-    if not q.ndim == k.ndim == v.ndim or q.ndim not in (3, 4):
-        raise ValueError(f"dot_product_attention: query, key and value must all be (batch, time, heads, head_dim), or all without batch {shapes}")
-    if q.shape[:-3] != k.shape[:-3] or k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"dot_product_attention: batch, and the time and heads of key and value, must be equal {shapes}")
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"dot_product_attention: query has head_dim {q.shape[-1]}, but key has {k.shape[-1]} {shapes}")
-    if not k.shape[-2] or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"dot_product_attention: {q.shape[-2]} heads of query are not a multiple of {k.shape[-2]} of key and value {shapes}")
-    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise TypeError(
-            f"dot_product_attention: query, key and value must be of one floating-point dtype, but are {q.dtype}, {k.dtype}, {v.dtype}: cast them"
-        )
-
-
-def _bounds(is_causal: bool, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
-    left, right = (None, None) if window is None else (window, window) if isinstance(window, int) else window
-    low = None if right is None else -int(right)
-    if is_causal:
-        low = 0 if low is None else max(0, low)
-    return low, None if left is None else int(left)
-
-
-def _plane(name: str, x: Any, full: tuple[int, ...]) -> jax.Array | None:
-    if x is None:
-        return None
-    x = jnp.asarray(x)
-    if name == "mask" and x.dtype != jnp.bool_:
-        raise TypeError(f"dot_product_attention: mask is of dtype {x.dtype}, but must be of bool: give numbers to be added as bias")
-    shape = (1,) * (4 - x.ndim) + x.shape
-    if len(shape) != 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
-        raise ValueError(f"dot_product_attention: {name} has shape {x.shape}, but must broadcast to (batch, heads, time, kv_time) = {full}")
-    return x.reshape(shape)
-
-
-def _lengths(name: str, x: Any, batch: int) -> jax.Array | None:
-    if x is None:
-        return None
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"dot_product_attention: {name} is of dtype {x.dtype}, but must be of integers")
-    if x.shape != (batch,):
-        raise ValueError(f"dot_product_attention: {name} has shape {x.shape}, but must be (batch,) = ({batch},)")
-    return x
-
-
-def _segments(ids: Any, q: jax.Array, k: jax.Array) -> tuple[Any, Any]:
-    if ids is None:
-        return None, None
-    pair = [jnp.asarray(x) for x in (ids if isinstance(ids, (tuple, list)) and len(ids) == 2 else (ids, ids))]
-    pair = [x[None] if x.ndim == 1 else x for x in pair]
-    for x, like in zip(pair, (q, k), strict=True):
-        if x.shape not in (like.shape[:2], (1, like.shape[1])):
-            raise ValueError(
-                f"dot_product_attention: segment_ids of shape {x.shape} do not fit (batch, time) = {like.shape[:2]}; give a pair (query, key)"
-            )
-    return pair[0], pair[1]
-
-
-def _sinks(sinks: Any, heads: int) -> jax.Array | None:
-    if sinks is not None and jnp.shape(sinks) != (heads,):
-        raise ValueError(f"dot_product_attention: sinks have shape {jnp.shape(sinks)}, but must be (heads,) = ({heads},)")
-    return None if sinks is None else jnp.asarray(sinks)
-
-
-def _words(rate: float, key: Any) -> jax.Array | None:
-    if not 0 <= rate < 1:
-        raise ValueError(f"dot_product_attention: dropout_rate is {rate}, but must lie in [0, 1)")
-    if not rate:
-        return None
-    if key is None:
-        raise ValueError("dot_product_attention: dropout_rate is above 0, so give dropout_key, a key of jax.random")
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return (jax.random.key_data(key) if typed else jnp.asarray(key)).astype(jnp.uint32).reshape(-1)
-
-
-def _refuse_for_cudnn(**options: Any) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise ValueError(f"dot_product_attention: implementation='cudnn' has no {', '.join(given)}; use implementation='xla'")

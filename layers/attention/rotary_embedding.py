@@ -6,7 +6,7 @@ for the pairs (a, b) = (i, i + rotated / 2), or (2 i, 2 i + 1) where interleaved
 
     dx = y with dy for x and -angle for angle
 
-Saved: the positions. Cosines and sines are computed again.
+Saved: the positions. Cosines and sines, one table for all heads, are computed again; where XLA finds that it has them already, it may keep them.
 
 Reference: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
 """
@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int
 
 from layers.core.function import Function
 from layers.core.numerics import wide
-from layers.core.recompute import barrier
 
 
 class RotaryEmbeddingFunction(Function):
@@ -33,7 +32,7 @@ class RotaryEmbeddingFunction(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (positions,), dy = barrier(ctx.saved_tensors, dy)
+        (positions,) = ctx.saved_tensors
         return _rotate(dy, positions, ctx.base, ctx.rotated, ctx.interleaved, -1), None, None, None, None
 
     @staticmethod
@@ -45,12 +44,14 @@ def _rotate(x: jax.Array, positions: jax.Array, base: float, rotated: int, inter
     dtype = wide(x.dtype)
     angle = positions[..., None, None].astype(dtype) * base ** (-jnp.arange(0, rotated, 2, dtype=dtype) / rotated)
     cos, sin = jnp.cos(angle), jnp.sin(angle) * sign
-    axis = -1 if interleaved else -2
-    shape = (rotated // 2, 2) if interleaved else (2, rotated // 2)
-    pairs = x[..., :rotated].astype(dtype).reshape(*x.shape[:-1], *shape)
-    a, b = (jnp.take(pairs, i, axis) for i in (0, 1))
-    y = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis).reshape(*x.shape[:-1], rotated).astype(x.dtype)
-    return y if rotated == x.shape[-1] else jnp.concatenate([y, x[..., rotated:]], -1)
+    if interleaved:
+        pairs = x[..., :rotated].reshape(*x.shape[:-1], rotated // 2, 2).astype(dtype)
+        a, b = pairs[..., 0], pairs[..., 1]
+    else:
+        a, b = x[..., : rotated // 2].astype(dtype), x[..., rotated // 2 : rotated].astype(dtype)
+    sides = ((a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype))
+    y = (jnp.stack(sides, -1).reshape(*x.shape[:-1], rotated),) if interleaved else sides
+    return jnp.concatenate([*y, x[..., rotated:]], -1)
 
 
 def rotary_embedding(

@@ -2,8 +2,8 @@
 
 A tile is the scores of a block of queries against a block of keys, for all heads at once. Which tiles a causal mask or a window leaves is
 known when the program is traced, so the loop runs over a list of those only. In the last block of a length that the block does not divide,
-rows that the block before it had too are hidden, so no array is ever padded. A tile has at most as many elements as one head of the
-queries (time × head_dim), so that it is no larger than they are at any length.
+rows that the block before it had too are hidden, so no array is ever padded. A tile has at most half as many elements as the queries, so
+that the few that are alive at once are no larger than they are at any length, and where it can be, it is small enough for the cache.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ from jax import lax
 
 from layers.core import compat
 from layers.core.blocks import block_size
+from layers.core.hashing import ODD, below, mix
 from layers.core.numerics import wide
 
-LARGEST, SMALLEST = 512, 16
+LARGEST, EFFICIENT, SMALLEST = 512, 128, 16
+"""Of a block: where it may grow to, shrink to so that tiles stay in the cache, and shrink to so that they stay smaller than the queries."""
+CACHED = 1 << 19
+"""The elements of a tile that stays in a processor's cache."""
 
 
 class Hidden(NamedTuple):
@@ -58,11 +62,17 @@ class Options:
     blocks: tuple[int, int] | None = None
 
 
-def choose_blocks(queries: int, keys: int, head_dim: int) -> tuple[int, int]:
-    """The sizes of the blocks of queries and of keys."""
+def choose_blocks(queries: int, keys: int, head_dim: int, planes: int) -> tuple[int, int]:
+    """The sizes of the blocks of queries and of keys, for as many planes (batch elements times heads)."""
     rows, columns = min(queries, LARGEST), min(keys, LARGEST)
-    while rows * columns > max(queries, keys) * head_dim and max(rows, columns) > SMALLEST:
-        rows, columns = (-(-rows // 2), columns) if rows >= columns else (rows, -(-columns // 2))
+
+    def halved() -> tuple[int, int]:
+        return (-(-rows // 2), columns) if rows >= columns else (rows, -(-columns // 2))
+
+    while rows * columns > max(queries, keys) * head_dim // 2 and max(rows, columns) > SMALLEST:
+        rows, columns = halved()
+    while rows * columns * planes > CACHED and max(rows, columns) > EFFICIENT:
+        rows, columns = halved()
     return block_size(queries, rows), block_size(keys, columns)
 
 
@@ -177,8 +187,8 @@ class Tile:
         planes = (1, 1, 1) if grid.options.shared_dropout else grid.planes
         plane = jnp.arange(np.prod(planes), dtype=jnp.uint32).reshape(*planes, 1, 1)
         of_rows = mix(mix(plane ^ first) + self.position(0)[:, None].astype(jnp.uint32))
-        of_columns = mix(self.position(1).astype(jnp.uint32) ^ mix(second + jnp.uint32(0x9E3779B9)))
-        kept = mix(of_rows ^ of_columns) < jnp.uint32(min(round((1 - rate) * 2**32), 2**32 - 1))
+        of_columns = mix(self.position(1).astype(jnp.uint32) ^ mix(second + jnp.uint32(ODD)))
+        kept = below(mix(of_rows ^ of_columns), 1 - rate)
         return kept.astype(dtype) / (1 - rate)
 
 
@@ -201,7 +211,7 @@ class Grid:
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, hidden: Hidden, options: Options) -> Grid:
         lengths = q.shape[1], k.shape[1]
-        blocks = options.blocks or choose_blocks(*lengths, q.shape[3])
+        blocks = options.blocks or choose_blocks(*lengths, q.shape[3], q.shape[0] * q.shape[2])
         return cls(lengths, blocks, (q.shape[0], *split_heads(q.shape[2], k.shape[2])), hidden, options)
 
     @property
@@ -251,13 +261,6 @@ def merge_heads(x: jax.Array) -> jax.Array:
     """(batch, kv heads, group, time, ...) to (batch, time, heads, ...)."""
     x = jnp.moveaxis(x, 3, 1)
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
-
-
-def mix(x: jax.Array) -> jax.Array:
-    """A bijection of 32-bit words in which every bit of the result depends on every bit of `x` (Wellons' `lowbias32`)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
-    x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
-    return x ^ (x >> 15)
 
 
 def _all(found: list[jax.Array]) -> jax.Array | None:

@@ -26,7 +26,7 @@ from layers.core.arguments import take_apart
 from layers.core.batching import VmapInfo
 from layers.core.call import Call
 from layers.core.closures import traced_names
-from layers.core.context import Context, restore, state_of
+from layers.core.context import Context, is_array, restore, state_of
 from layers.core.record import Record, make_record
 from layers.core.tangent import TangentMap, refuse_second_derivative
 
@@ -120,6 +120,7 @@ class Function:
 
         def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
             moving = tuple(not isinstance(t, compat.SymbolicZero) for t in tangents)
+            primals = tuple(x if is_array(x) else jnp.asarray(x) for x in primals)  # a number that is differentiated arrives as such
             with compat.known_values(primals):
                 record, outputs, residuals = make_record(call, primals, moving)
             filled[:] = [record.output.fill]

@@ -12,8 +12,8 @@ With `generator="hash"` the word for index i is two rounds of a 32-bit finaliser
 which is elementwise, so that it is computed inside the loop that applies it. It is a hash for masks, not for cryptography.
 `generator="threefry"` draws the mask of `jax.random.bernoulli`, that of Flax for the same key.
 
-Reference: Srivastava et al., "Dropout", 2014; the finaliser is `lowbias32` of Wellons, "Prospecting for Hash Functions", 2018 (with the
-constants found later), of the form of MurmurHash3's; Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
+Reference: Srivastava et al., "Dropout", 2014; the finaliser is that of `core/hashing.py`; Salmon et al., "Parallel Random Numbers: As Easy
+as 1, 2, 3", 2011.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
+from layers.core.hashing import ODD, below, mix
 from layers.core.recompute import barrier
 
 GENERATORS = ("hash", "threefry")
@@ -147,7 +148,7 @@ def keep_mask(words: jax.Array, keep: float, shape: tuple[int, ...], generator: 
     """
     if generator != "hash":
         return jax.random.bernoulli(jax.random.wrap_key_data(words, impl=generator), keep, shape)
-    return hash_bits(words, shape) < jnp.uint32(min(round(keep * 2**32), 2**32 - 1))
+    return below(hash_bits(words, shape), keep)
 
 
 def hash_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -157,32 +158,23 @@ def hash_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     for axis in reversed(range(len(shape))):
         position = lax.broadcasted_iota(jnp.uint32, shape, axis)
         if stride >= 2**32:
-            k1 = _mix(k1 + position * jnp.uint32(_ODD))
+            k1 = mix(k1 + position * jnp.uint32(ODD))
         else:
             index = index + position * jnp.uint32(stride)
             if stride * shape[axis] > 2**32:
-                k1 = _mix(k1 + lax.div(position, jnp.uint32(2**32 // stride)) * jnp.uint32(_ODD))
+                k1 = mix(k1 + lax.div(position, jnp.uint32(2**32 // stride)) * jnp.uint32(ODD))
         stride *= max(shape[axis], 1)
-    return _mix(_mix(index + k0) ^ k1)
-
-
-_ODD = 0x9E3779B9
+    return mix(mix(index + k0) ^ k1)
 
 
 def _mixed_key(words: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two words in which every bit of the key acts on every bit."""
-    k0, k1 = jnp.uint32(_ODD), jnp.uint32(0x85EBCA6B)
+    k0, k1 = jnp.uint32(ODD), jnp.uint32(0x85EBCA6B)
     for i in range(math.prod(words.shape)):
         w = words.reshape(-1)[i]
-        k0 = _mix(k0 ^ w) + k1
-        k1 = _mix(k1 + k0)
+        k0 = mix(k0 ^ w) + k1
+        k1 = mix(k1 + k0)
     return k0, k1
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
-    x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
-    return x ^ (x >> 15)
 
 
 def _masked(x: jax.Array, mask: jax.Array, rate: float) -> jax.Array:

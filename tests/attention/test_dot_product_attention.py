@@ -131,7 +131,7 @@ def test_values_and_gradients_are_those_of_the_definition(name: str, kv_heads: i
         assert_trees_close(got, want, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["causal", "no keys at all", pytest.param("all", marks=pytest.mark.xfail(reason="nan in second derivatives"))])
+@pytest.mark.parametrize("name", ["no keys at all", "all"])
 def test_second_derivatives_and_forward_mode_are_those_of_the_definition(name: str, small_blocks: None) -> None:
     with jax.enable_x64(True):
         names, moving, rest = with_moving(OPTIONS[name])
@@ -211,18 +211,22 @@ def test_values_are_those_of_jax_nn(options: dict[str, Any], batched: bool, dtyp
     np.testing.assert_allclose(np.float32(got), np.float32(expected), rtol=tolerance, atol=4 * tolerance)
 
 
-def test_bfloat16_gradients_err_no_more_than_those_of_jax_nn() -> None:
-    q, k, v = (jax.random.normal(jax.random.key(i), (1, 64, 2, 16), jnp.bfloat16) for i in range(3))
+@pytest.mark.parametrize("peak", [1, 3])
+def test_bfloat16_errs_no_more_than_jax_nn(peak: float) -> None:
+    """Output and gradients, also where weights are peaked and the terms of ds nearly cancel."""
 
-    def grads(f, *args):
-        return jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a, is_causal=True).astype(jnp.float32))), (0, 1, 2))(*args)
+    def run(f, *args):
+        out, pull = jax.vjp(lambda *a: f(*a, is_causal=True), *args[:3])
+        return out, *pull(args[3])
 
-    exact = grads(jax.nn.dot_product_attention, *(x.astype(jnp.float32) for x in (q, k, v)))
-
-    def error(f):
-        return [float(jnp.linalg.norm(g.astype(jnp.float32) - e)) for g, e in zip(grads(f, q, k, v), exact, strict=True)]
-
-    assert all(a <= 1.25 * b for a, b in zip(error(dot_product_attention), error(jax.nn.dot_product_attention), strict=True))
+    ours, theirs = (jax.jit(lambda *a, f=f: run(f, *a)) for f in (dot_product_attention, jax.nn.dot_product_attention))
+    with jax.enable_x64(True):
+        for seed in range(4):
+            args = [jax.random.normal(key, (1, 64, 2, 16), jnp.bfloat16) for key in jax.random.split(jax.random.key(seed), 4)]
+            args[0] = args[0] * peak
+            exact = run(jax.nn.dot_product_attention, *(x.astype(jnp.float64) for x in args))
+            errors = ([float(jnp.linalg.norm(g - e)) for g, e in zip(f(*args), exact, strict=True)] for f in (ours, theirs))
+            assert all(a <= b for a, b in zip(*errors, strict=True))
 
 
 @pytest.mark.parametrize("time, kv_time", [(1, 1), (1, 6), (6, 1), (513, 3)])
@@ -269,6 +273,23 @@ def test_infinite_bias_has_finite_gradients(number: float) -> None:
     assert bool(jnp.isfinite(out)) and all(bool(jnp.isfinite(g).all()) for g in grads)
 
 
+@pytest.mark.parametrize("number", [jnp.inf, -jnp.inf])
+def test_infinite_sink_has_finite_gradients(number: float) -> None:
+    """An infinite sink takes all of the weight, one of -inf none."""
+    q, k, v = arrays()
+    sinks = jnp.full(HEADS, number)
+    out, pull = jax.vjp(lambda q, k, v: dot_product_attention(q, k, v, sinks=sinks), q, k, v)
+    assert_trees_close(out, jnp.zeros_like(out) if number > 0 else dot_product_attention(q, k, v), rtol=1e-6)
+    assert all(bool(jnp.isfinite(g).all()) for g in pull(jnp.ones_like(out)))
+
+
+@pytest.mark.parametrize("length, head_dim, planes", [(4096, 64, 8), (4096, 64, 512), (128, 64, 16), (1, 8, 1), (16, 1, 3)])
+def test_tiles_are_smaller_than_the_queries_and_fit_the_cache_where_they_can(length: int, head_dim: int, planes: int) -> None:
+    rows, columns = tiles.choose_blocks(length, length, head_dim, planes)
+    assert rows * columns <= max(length * head_dim // 2, tiles.SMALLEST**2)
+    assert rows * columns * planes <= tiles.CACHED or max(rows, columns) <= tiles.EFFICIENT
+
+
 @pytest.mark.parametrize("low, high", [(0, None), (0, 600), (-300, 300), (None, None), (None, -1000)])
 @pytest.mark.parametrize("lengths", [(2048, 2048), (1000, 700)])
 def test_tiles_are_those_in_which_something_is_seen(lengths: tuple[int, int], low: int | None, high: int | None) -> None:
@@ -291,15 +312,20 @@ def test_training_memory_at_length_4096_is_a_fortieth_of_jax_nn(dtype: Any) -> N
     assert ours <= 0.025 * theirs
 
 
-@pytest.mark.parametrize("time", [256, 512, 1000, 2048])
-def test_training_memory_is_at_most_seven_times_the_queries(time: int) -> None:
-    q = jax.ShapeDtypeStruct((2, time, 8, 64), jnp.float32)
-    assert temp_bytes(_training(dot_product_attention), q, q, q) <= 7 * q.size * 4
+@pytest.mark.parametrize(
+    "time, dtype, times", [*((t, jnp.float32, 7) for t in (64, 128, 256, 1000)), (2048, jnp.float32, 4), (1000, jnp.bfloat16, 14)]
+)
+def test_training_memory_is_a_few_times_the_queries(time: int, dtype: Any, times: int) -> None:
+    """At any length. In 16 bits the sums for three gradients are of float32, each twice the queries, and XLA on the CPU copies what a loop slices."""
+    q = jax.ShapeDtypeStruct((2, time, 8, 64), dtype)
+    assert temp_bytes(_training(dot_product_attention), q, q, q) <= times * q.size * q.dtype.itemsize
 
 
-def test_only_output_and_logsumexp_are_saved() -> None:
-    q = jnp.zeros((2, 32, 4, 8))
-    assert saved_bytes(lambda *a: dot_product_attention(*a, is_causal=True), q, q, q) <= q.nbytes + q.nbytes // 8
+@pytest.mark.parametrize("dtype, outputs", [(jnp.float32, 1), (jnp.bfloat16, 2)])
+def test_only_output_and_logsumexp_are_saved(dtype: Any, outputs: int) -> None:
+    """In 16 bits also what rounding took from the output."""
+    q = jnp.zeros((2, 32, 4, 8), dtype)
+    assert saved_bytes(lambda *a: dot_product_attention(*a, is_causal=True), q, q, q) <= outputs * q.nbytes + q.size // 8 * 4
 
 
 def _training(attention: Any) -> Any:

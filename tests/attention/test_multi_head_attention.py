@@ -38,6 +38,26 @@ def test_values_and_gradients_are_those_of_flax(options: dict[str, Any], batch: 
     assert_trees_close(ours[0], flax[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("head_dim", [2, 4])
+def test_normalised_queries_and_keys_are_those_of_flax_in_float64(head_dim: int) -> None:
+    """With two features a norm gives (1, -1) or (-1, 1) but for epsilon, and its gradient is all but 0: in float32 what is left of it is rounding.
+
+    `jax.nn`, which Flax calls, takes its softmax in float32 always, so the reference has it written out.
+    """
+
+    def softmax_attention(q, k, v, **_):
+        p = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * head_dim**-0.5)
+        return jnp.einsum("bhqk,bkhd->bqhd", p, v)
+
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(1), (2, TIME, FEATURES), jnp.float64)
+        options = {"normalize_qk": True, "qkv_features": 4 * head_dim, "param_dtype": jnp.float64}
+        modules = pair(**options, attention_fn=softmax_attention)[0], pair(**options)[1]
+        both = [nnx.value_and_grad(lambda m: jnp.sum(jnp.sin(m(x))))(module) for module in modules]
+        assert_trees_close(nnx.to_pure_dict(both[1][1]), nnx.to_pure_dict(both[0][1]), rtol=1e-9, atol=1e-10)
+        assert_trees_close(both[1][0], both[0][0], rtol=1e-12)
+
+
 def test_decoding_step_by_step_is_that_of_flax() -> None:
     flax, ours = pair(decode=True, num_kv_heads=2)
     x = jax.random.normal(jax.random.key(1), (2, TIME, FEATURES))

@@ -999,3 +999,21 @@ def test_rule_that_closes_over_a_traced_value_is_refused(deep):
 
 def test_rule_may_close_over_concrete_values():
     np.testing.assert_array_equal(gradient(rule(lambda ctx, x: x * 2, lambda ctx, g: g * X), X), X)
+
+
+def test_a_python_number_that_is_differentiated_may_be_saved():
+    class Square(Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            (x,) = ctx.saved_tensors
+            return 2 * x * dy
+
+    for transform in (lambda f: f, jax.jit):
+        np.testing.assert_allclose(transform(jax.grad(Square.apply))(1.5), 3.0)
+        np.testing.assert_allclose(jax.grad(transform(jax.grad(Square.apply)))(1.5), 2.0)
+        np.testing.assert_allclose(jax.jvp(transform(Square.apply), (1.5,), (2.0,))[1], 6.0)

@@ -115,3 +115,17 @@ def test_a_cast_to_the_compute_dtype_copies_no_table():
     graph, state = nnx.split(module)
     indices = jax.ShapeDtypeStruct((8,), jnp.int32)
     assert temp_bytes(lambda s, i: nnx.merge(graph, s)(i), state, indices) < module.embedding[...].nbytes // 4
+
+
+def test_training_takes_no_more_memory_than_what_flax_does():
+    e, indices = jax.ShapeDtypeStruct((4096, 64), jnp.float32), jax.ShapeDtypeStruct((2048,), jnp.int32)
+
+    def training(f):
+        def run(e, indices):
+            y, pull = jax.vjp(lambda e: f(e, indices), e)
+            return y, pull(jnp.cos(y))
+
+        return run
+
+    ours, theirs = (temp_bytes(training(f), e, indices) for f in (lambda e, i: layers.embed(i, e), lambda e, i: jnp.take(e, i, axis=0)))
+    assert ours <= theirs

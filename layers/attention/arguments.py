@@ -1,0 +1,91 @@
+"""What `dot_product_attention` is given, checked and brought into the form that its rule takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_query_key_value(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    shapes = f"(query: {q.shape}, key: {k.shape}, value: {v.shape})"
+    if not q.ndim == k.ndim == v.ndim or q.ndim not in (3, 4):
+        raise ValueError(f"dot_product_attention: query, key and value must all be (batch, time, heads, head_dim), or all without batch {shapes}")
+    if q.shape[:-3] != k.shape[:-3] or k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"dot_product_attention: batch, and the time and heads of key and value, must be equal {shapes}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"dot_product_attention: query has head_dim {q.shape[-1]}, but key has {k.shape[-1]} {shapes}")
+    if not k.shape[-2] or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"dot_product_attention: {q.shape[-2]} heads of query are not a multiple of {k.shape[-2]} of key and value {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise TypeError(
+            f"dot_product_attention: query, key and value must be of one floating-point dtype, but are {q.dtype}, {k.dtype}, {v.dtype}: cast them"
+        )
+
+
+def bounds_of(is_causal: bool, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
+    left, right = (None, None) if window is None else (window, window) if isinstance(window, int) else window
+    low = None if right is None else -int(right)
+    if is_causal:
+        low = 0 if low is None else max(0, low)
+    return low, None if left is None else int(left)
+
+
+def plane_of(name: str, x: Any, full: tuple[int, ...]) -> jax.Array | None:
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    if name == "mask" and x.dtype != jnp.bool_:
+        raise TypeError(f"dot_product_attention: mask is of dtype {x.dtype}, but must be of bool: give numbers to be added as bias")
+    shape = (1,) * (4 - x.ndim) + x.shape
+    if len(shape) != 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
+        raise ValueError(f"dot_product_attention: {name} has shape {x.shape}, but must broadcast to (batch, heads, time, kv_time) = {full}")
+    return x.reshape(shape)
+
+
+def lengths_of(name: str, x: Any, batch: int) -> jax.Array | None:
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"dot_product_attention: {name} is of dtype {x.dtype}, but must be of integers")
+    if x.shape != (batch,):
+        raise ValueError(f"dot_product_attention: {name} has shape {x.shape}, but must be (batch,) = ({batch},)")
+    return x
+
+
+def segments_of(ids: Any, q: jax.Array, k: jax.Array) -> tuple[Any, Any]:
+    if ids is None:
+        return None, None
+    pair = [jnp.asarray(x) for x in (ids if isinstance(ids, (tuple, list)) and len(ids) == 2 else (ids, ids))]
+    pair = [x[None] if x.ndim == 1 else x for x in pair]
+    for x, like in zip(pair, (q, k), strict=True):
+        if x.shape not in (like.shape[:2], (1, like.shape[1])):
+            raise ValueError(
+                f"dot_product_attention: segment_ids of shape {x.shape} do not fit (batch, time) = {like.shape[:2]}; give a pair (query, key)"
+            )
+    return pair[0], pair[1]
+
+
+def sinks_of(sinks: Any, heads: int) -> jax.Array | None:
+    if sinks is not None and jnp.shape(sinks) != (heads,):
+        raise ValueError(f"dot_product_attention: sinks have shape {jnp.shape(sinks)}, but must be (heads,) = ({heads},)")
+    return None if sinks is None else jnp.asarray(sinks)
+
+
+def words_of(rate: float, key: Any) -> jax.Array | None:
+    if not 0 <= rate < 1:
+        raise ValueError(f"dot_product_attention: dropout_rate is {rate}, but must lie in [0, 1)")
+    if not rate:
+        return None
+    if key is None:
+        raise ValueError("dot_product_attention: dropout_rate is above 0, so give dropout_key, a key of jax.random")
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return (jax.random.key_data(key) if typed else jnp.asarray(key)).astype(jnp.uint32).reshape(-1)
+
+
+def refuse_for_cudnn(**options: Any) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"dot_product_attention: implementation='cudnn' has no {', '.join(given)}; use implementation='xla'")
