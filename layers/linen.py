@@ -17,10 +17,17 @@ from layers.attention.multi_head_attention import MultiHeadAttention as _MultiHe
 from layers.dropout.dropout import Dropout as _Dropout
 from layers.embeddings.embed import Embed as _Embed
 from layers.linear.linear import Linear as _Linear
+from layers.mlp.gated_mlp import GatedMLP as _GatedMLP
+from layers.mlp.mlp import MLP as _MLP
 from layers.norms.batch_norm import BatchNorm as _BatchNorm
 from layers.norms.group_norm import GroupNorm as _GroupNorm
 from layers.norms.layer_norm import LayerNorm as _LayerNorm
 from layers.norms.rms_norm import RMSNorm as _RMSNorm
+from layers.quantization.int8_linear import Int8Linear as _Int8Linear
+from layers.quantization.vector_quantize import VectorQuantizer as _VectorQuantizer
+from layers.recurrent.gru import GRU as _GRU
+from layers.recurrent.lstm import LSTM as _LSTM
+from layers.recurrent.mamba import Mamba as _Mamba
 
 
 def derive(module: type[nnx.Module]) -> Callable[..., linen.Module]:
@@ -36,8 +43,15 @@ def derive(module: type[nnx.Module]) -> Callable[..., linen.Module]:
 BatchNorm = derive(_BatchNorm)
 Dropout = derive(_Dropout)
 Embed = derive(_Embed)
+GRU = derive(_GRU)
+GatedMLP = derive(_GatedMLP)
 GroupNorm = derive(_GroupNorm)
+Int8Linear = derive(_Int8Linear)
+LSTM = derive(_LSTM)
 LayerNorm = derive(_LayerNorm)
 Linear = derive(_Linear)
+MLP = derive(_MLP)
+Mamba = derive(_Mamba)
 MultiHeadAttention = derive(_MultiHeadAttention)
 RMSNorm = derive(_RMSNorm)
+VectorQuantizer = derive(_VectorQuantizer)

@@ -20,6 +20,7 @@ from layers.norms.batch_norm import BatchNorm
 from layers.norms.group_norm import GroupNorm
 from layers.norms.layer_norm import LayerNorm
 from layers.norms.rms_norm import RMSNorm
+from layers.recurrent.rnn import RNN
 
 TWINS: dict[type[nnx.Module], type[nnx.Module]] = {
     nnx.BatchNorm: BatchNorm,
@@ -30,6 +31,7 @@ TWINS: dict[type[nnx.Module], type[nnx.Module]] = {
     nnx.Linear: Linear,
     nnx.MultiHeadAttention: MultiHeadAttention,
     nnx.RMSNorm: RMSNorm,
+    nnx.RNN: RNN,
 }
 """The layers of Flax that have a twin: a subclass, which computes differently and holds the same."""
 

@@ -21,18 +21,28 @@ RESULTS = Path(__file__).with_name("bench_results.json")
 
 def names() -> list[str]:
     """Every name that `bench` takes."""
+    from layers.tools.bench_step import STACKS
     from layers.tools.cases import CASES
 
-    return ["function", *(c.name for c in CASES)]
+    return ["function", *(c.name for c in CASES), *(f"training_step_{s}" for s in STACKS)]
 
 
 def run(chosen: Sequence[str], *, rounds: int) -> dict[str, Any]:
     """Runs the named rows. Returns figures: seconds, spread, bytes, and the ratios to the idiomatic code."""
+    from layers.tools import bench_step
     from layers.tools.cases import CASES
 
     limits = machine_limits() if rounds else (0.0, 0.0)
-    rows = [_layer_row(c, rounds, limits[0]) for c in CASES if c.name in chosen]
+    rows = [_layer_row(c, rounds, limits) for c in CASES if c.name in chosen]
+    stacks = tuple(s for s in bench_step.STACKS if f"training_step_{s}" in chosen)
+    rows += [_row(name, work, measured) for name, work, measured in bench_step.rows(rounds=rounds, stacks=stacks)]
     return {"machine": _machine(limits), "rows": rows}
+
+
+def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """`new`, with the rows of `old` that were not run again, in the order of `names`."""
+    rows = {r["name"]: r for r in (*old["rows"], *new["rows"])}
+    return {"machine": new["machine"], "rows": [rows[n] for n in names() if n in rows]}
 
 
 def _machine(limits: tuple[float, float]) -> dict[str, Any]:
@@ -46,41 +56,39 @@ def _machine(limits: tuple[float, float]) -> dict[str, Any]:
     }
 
 
-def _layer_row(case: Any, rounds: int, matmul_flops: float) -> dict[str, Any]:
-    measured = measure(case.programs(), case.args(), rounds=rounds)
-    row = _row(case.name, case.work, measured, "idiomatic")
-    ours = measured["ours"].seconds
-    if ours and case.flops:
-        row["share_of_matmul_limit"] = case.flops / ours / matmul_flops
+def _layer_row(case: Any, rounds: int, limits: tuple[float, float]) -> dict[str, Any]:
+    measured = measure(case.programs(), case.arguments(), rounds=min(case.rounds or rounds, rounds), runners=case.runners() if rounds else None)
+    row = _row(case.name, case.work, measured)
+    ours = measured["ours"]
+    if ours.seconds and limits[0]:
+        row["share_of_limit"] = max(case.flops / limits[0], (ours.least_bytes or 0) / limits[1]) / ours.seconds
     return row
 
 
-def _row(name: str, work: str, measured: dict[str, Measured], base: str) -> dict[str, Any]:
-    first = measured[base]
+def _row(name: str, work: str, measured: dict[str, Measured]) -> dict[str, Any]:
+    first = measured["idiomatic"]
     ways: dict[str, Any] = {}
     for way, m in measured.items():
-        ways[way] = asdict(m) | {
-            "time_ratio": m.seconds / first.seconds if m.seconds and first.seconds else None,
-            "temp_ratio": m.temp_bytes / first.temp_bytes if first.temp_bytes else None,
-        }
+        pairs = {"time": (m.seconds, first.seconds), "temp": (m.temp_bytes, first.temp_bytes), "resident": (m.resident_bytes, first.resident_bytes)}
+        ways[way] = asdict(m) | {f"{key}_ratio": None if value is None or not base else value / base for key, (value, base) in pairs.items()}
     return {"name": name, "work": work, "ways": ways}
 
 
 def table(results: dict[str, Any]) -> Table:
     """The results for a terminal."""
     made = Table(title="forward and backward, as ratios to the idiomatic code")
-    for column in ("work", "way", "time", "±", "temp memory", "temp MiB", "of matmul limit"):
+    for column in ("work", "way", "time", "±", "temp memory", "temp MiB", "peak resident", "of the machine's limit"):
         made.add_column(column)
     for row in results["rows"]:
         for i, (way, m) in enumerate(row["ways"].items()):
-            limit = row.get("share_of_matmul_limit") if way == "ours" else None
-            cells = (m["time_ratio"], m["spread"], m["temp_ratio"])
+            temp = m["temp_bytes"]
             made.add_row(
                 row["work"] if i == 0 else "",
                 way,
-                *(ratio(c) for c in cells),
-                f"{m['temp_bytes'] / 2**20:.1f}",
-                ratio(limit),
+                *(ratio(m[key]) for key in ("time_ratio", "spread", "temp_ratio")),
+                "" if temp is None else f"{temp / 2**20:.1f}",
+                ratio(m["resident_ratio"]),
+                ratio(row.get("share_of_limit") if way == "ours" else None),
                 end_section=i == len(row["ways"]) - 1,
             )
     return made
@@ -90,17 +98,33 @@ def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
+RIVALS = ("ours", "checkpoint", "dots policy")
+
+
 def markdown(results: dict[str, Any]) -> str:
-    """The README's table of a result file."""
+    """The README's tables of a result file: each layer, then the whole training step."""
+    steps = [r for r in results["rows"] if r["name"].startswith("training_step")]
     lines = [
-        "| work, forward and backward | time | temp memory | `jax.checkpoint` time | its memory | dots policy time | its memory |",
-        "|---|---|---|---|---|---|---|",
+        "| work, forward and backward | time | temp memory | `jax.checkpoint` time | its memory | dots policy time | its memory | others |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
+        if row in steps:
+            continue
         ways = row["ways"]
-        cells = [ratio(ways[w][k]) for w in ("ours", "checkpoint", "dots policy") for k in ("time_ratio", "temp_ratio")]
-        lines.append(f"| {row['work']} | " + " | ".join(cells) + " |")
+        cells = [ratio(ways[w][k]) for w in RIVALS for k in ("time_ratio", "temp_ratio")]
+        lines.append(f"| {row['work']} | " + " | ".join(cells) + f" | {_others(ways)} |")
+    for row in steps:
+        lines += ["", f"{row['work']}:", "", "| | time | temp memory | peak resident memory |", "|---|---|---|---|"]
+        lines += [f"| {w} | " + " | ".join(ratio(m[f"{k}_ratio"]) for k in ("time", "temp", "resident")) + " |" for w, m in row["ways"].items()]
     return "\n".join(lines)
+
+
+def _others(ways: dict[str, Any]) -> str:
+    others = [(w, m) for w, m in ways.items() if w not in (*RIVALS, "idiomatic")]
+    return "; ".join(
+        f"{w} {ratio(m['time_ratio'])} time" + (f", {ratio(m['temp_ratio'])} memory" if m["temp_bytes"] is not None else "") for w, m in others
+    )
 
 
 def plot(results: dict[str, Any], path: str) -> None:
@@ -140,7 +164,10 @@ def main(chosen: Sequence[str], *, rounds: int = 5, json_path: str | None = None
     results = run(chosen or known, rounds=rounds)
     console.print(table(results))
     if json_path:
-        Path(json_path).write_text(json.dumps(results, indent=1) + "\n")
+        before = Path(json_path)
+        if before.exists():
+            results = merged(results, json.loads(before.read_text()))
+        before.write_text(json.dumps(results, indent=1) + "\n")
     if plot_path:
         plot(results, plot_path)
     return 0

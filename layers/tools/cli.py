@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure on this machine")
     bench.add_argument("name", nargs="*", help="rows to run: function, or the name of a layer; all by default")
     bench.add_argument("--rounds", type=_number(int, 0, False), default=5, help="timed runs of each; 0 compiles only")  # type: ignore[arg-type]
-    bench.add_argument("--json", help="file for the results")
+    bench.add_argument("--json", help="file for the results; rows of other runs that it holds are kept")
     bench.add_argument("--plot", help="picture of the ratios")
     return made
 

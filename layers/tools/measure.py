@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -23,43 +23,66 @@ class Measured:
     Attributes:
         seconds: the median of its runs; None where it was only compiled.
         spread: half the distance between the quartiles, as a share of the median.
-        temp_bytes: the temporary memory of the compiled program.
+        temp_bytes: the temporary memory of the compiled program; None for what XLA did not compile.
+        least_bytes: what it reads and writes at least, its arguments and results.
+        resident_bytes: the peak resident memory of a fresh process that runs it; None where that was not measured.
     """
 
-    seconds: float | None
-    spread: float | None
-    temp_bytes: int
+    seconds: float | None = None
+    spread: float | None = None
+    temp_bytes: int | None = None
+    least_bytes: int | None = None
+    resident_bytes: int | None = None
 
 
-def compile_program(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    return jax.jit(fn).lower(*args).compile()
+def compile_program(fn: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> Any:
+    """The compiled program; `options` are those of `jax.jit`."""
+    return jax.jit(fn, **options).lower(*args).compile()
 
 
-def measure(programs: Mapping[str, Callable[..., Any]], args: tuple[Any, ...], *, rounds: int) -> dict[str, Measured]:
+def of_program(compiled: Any) -> Measured:
+    """What is known without running it."""
+    memory = compiled.memory_analysis()
+    return Measured(temp_bytes=memory.temp_size_in_bytes, least_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes)
+
+
+def measure(
+    programs: Mapping[str, Callable[..., Any]], args: tuple[Any, ...], *, rounds: int, runners: Mapping[str, Callable[[], Any]] | None = None
+) -> dict[str, Measured]:
     """Compiles each program and runs all of them in turn `rounds` times; `rounds=0` only compiles.
 
     Args:
         programs: by name.
         args: the arguments of all of them.
         rounds: how often each is run, after one run that does not count.
+        runners: further things to time, not compiled here: functions that return when they are done.
     """
     compiled = {name: compile_program(fn, args) for name, fn in programs.items()}
-    times: dict[str, list[float]] = {name: [] for name in compiled}
+    runs = {name: lambda p=p: jax.block_until_ready(p(*args)) for name, p in compiled.items()} | dict(runners or {})
+    times = in_turn(runs, rounds)
+    known = {name: of_program(p) for name, p in compiled.items()}
+    return {name: summary(times[name], known.get(name, Measured())) for name in runs}
+
+
+def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of `rounds` runs of each, taken in turn, after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1 if rounds else 0):
-        for name, program in compiled.items():
+        for name, run in runs.items():
             start = time.perf_counter()
-            jax.block_until_ready(program(*args))
+            run()
             if turn:
                 times[name].append(time.perf_counter() - start)
-    return {name: _summary(times[name], program.memory_analysis().temp_size_in_bytes) for name, program in compiled.items()}
+    return times
 
 
-def _summary(seconds: list[float], temp_bytes: int) -> Measured:
+def summary(seconds: list[float], known: Measured) -> Measured:
+    """`known` with the median and the spread of the times."""
     if not seconds:
-        return Measured(None, None, temp_bytes)
+        return known
     middle = statistics.median(seconds)
     low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (middle, middle, middle)
-    return Measured(middle, (high - low) / 2 / middle, temp_bytes)
+    return replace(known, seconds=middle, spread=(high - low) / 2 / middle)
 
 
 def machine_limits() -> tuple[float, float]:

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import re
 from pathlib import Path
+from typing import Any
+
+from flax import nnx
 
 import layers
-from layers.core.function import Function
 from layers.tools.bench import RESULTS, markdown
 
 README = Path(__file__).parents[2] / "README.md"
 
 
 def layer_rows() -> list[tuple[str, str, str, str]]:
-    """Family, function, module and one sentence of every layer among the public names, in their order."""
-    rows: dict[str, tuple[str, str, str, str]] = {}
+    """Family, functions, modules and one sentence of every file of a family that has public names, in their order."""
+    files: dict[str, list[tuple[str, Any]]] = {}
     for name, value in vars(layers).items():
         home = getattr(value, "__module__", "")
-        if not inspect.isfunction(value) or home.split(".")[:2] in (["layers", "core"], ["layers", "check"]) or home == "layers.swap":
-            continue
-        source = importlib.import_module(home)
-        if not any(isinstance(v, type) and issubclass(v, Function) and v.__module__ == home for v in vars(source).values()):
-            continue
-        modules = [f"`{k}`" for k, v in vars(layers).items() if isinstance(v, type) and v.__module__ == home and not issubclass(v, Function)]
-        rows[name] = (home.split(".")[1], f"`{name}`", " ".join(modules), inspect.getdoc(value).split("\n")[0])  # type: ignore[union-attr]
-    return list(rows.values())
+        if home.count(".") == 2 and home.split(".")[1] not in ("core", "check", "tools"):
+            files.setdefault(home, []).append((name, value))
+    return [row for home, named in files.items() if any((row := _row(home.split(".")[1], named))[1:3])]
+
+
+def _row(family: str, named: list[tuple[str, Any]]) -> tuple[str, str, str, str]:
+    functions = {n: v for n, v in named if inspect.isfunction(v)}
+    modules = {n: v for n, v in named if isinstance(v, type) and issubclass(v, nnx.Module)}
+    described = next(iter((functions or modules or dict(named)).values()))
+    sentence = (inspect.getdoc(described) or "").split("\n")[0]
+    return family, *(" ".join(f"`{n}`" for n in part) for part in (functions, modules)), sentence
 
 
 def layer_table() -> str:

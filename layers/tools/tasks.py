@@ -16,8 +16,7 @@ import optax
 from flax import nnx
 
 import layers
-
-MODULES: dict[str, ModuleType] = {"ours": layers, "flax": nnx}
+from layers.tools.language_model import LOSSES, Decoder
 
 
 @dataclass(frozen=True)
@@ -43,16 +42,17 @@ class Task:
     batch_size: int
 
 
-class MLP(nnx.Module):
+class Classifier(nnx.Module):
     """64 pixels to 10 classes."""
 
     def __init__(self, modules: ModuleType, rngs: nnx.Rngs):
         self.hidden = modules.Linear(64, 256, rngs=rngs)
         self.norm = modules.LayerNorm(256, rngs=rngs)
         self.head = modules.Linear(256, 10, rngs=rngs)
+        self.relu = layers.relu if modules is layers else jax.nn.relu
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.head(jax.nn.relu(self.norm(self.hidden(x))))
+        return self.head(self.relu(self.norm(self.hidden(x))))
 
 
 def digits(modules: ModuleType) -> Task:
@@ -69,44 +69,15 @@ def digits(modules: ModuleType) -> Task:
         return train[0][places], train[1][places]
 
     def loss(model: Any, batch: Any) -> jax.Array:
+        if modules is layers:
+            return layers.softmax_cross_entropy(model(batch[0]), batch[1])
         return optax.softmax_cross_entropy_with_integer_labels(model(batch[0]), batch[1]).mean()
 
     def validate(model: Any) -> dict[str, float]:
         right = model(test[0]).argmax(-1) == test[1]
         return {"accuracy": float(right.mean()), "loss": float(loss(model, test))}
 
-    return Task(lambda rngs: MLP(modules, rngs), draw, loss, validate, "images", 1, steps=600, batch_size=128)
-
-
-class Block(nnx.Module):
-    """Pre-norm attention and MLP."""
-
-    def __init__(self, modules: ModuleType, width: int, rngs: nnx.Rngs):
-        self.norm_1 = modules.RMSNorm(width, rngs=rngs)
-        self.attention = modules.MultiHeadAttention(4, width, decode=False, rngs=rngs)
-        self.norm_2 = modules.RMSNorm(width, rngs=rngs)
-        self.up = modules.Linear(width, 4 * width, rngs=rngs)
-        self.down = modules.Linear(4 * width, width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attention(self.norm_1(x), is_causal=True)
-        return x + self.down(jax.nn.gelu(self.up(self.norm_2(x))))
-
-
-class Decoder(nnx.Module):
-    """A causal model of bytes."""
-
-    def __init__(self, modules: ModuleType, length: int, rngs: nnx.Rngs, *, width: int = 128, depth: int = 2):
-        self.embed = modules.Embed(256, width, rngs=rngs)
-        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (length, width)))
-        self.blocks = nnx.List([Block(modules, width, rngs) for _ in range(depth)])
-        self.norm = modules.RMSNorm(width, rngs=rngs)
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embed(tokens) + self.position[...][: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.embed.attend(self.norm(x))
+    return Task(lambda rngs: Classifier(modules, rngs), draw, loss, validate, "images", 1, steps=600, batch_size=128)
 
 
 def text(modules: ModuleType, *, length: int = 128, files: int = 200) -> Task:
@@ -120,15 +91,14 @@ def text(modules: ModuleType, *, length: int = 128, files: int = 200) -> Task:
         starts = jax.random.randint(key, (size, 1), 0, len(train) - length - 1)
         return train[starts + jnp.arange(length + 1)]
 
-    def loss(model: Any, tokens: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+    loss = LOSSES["ours" if modules is layers else "flax"]
 
     def validate(model: Any) -> dict[str, float]:
         count = min(16, len(test) // (length + 1))
         value = float(loss(model, test[: count * (length + 1)].reshape(count, length + 1)))
         return {"loss": value, "bits_per_byte": value / float(np.log(2))}
 
-    return Task(lambda rngs: Decoder(modules, length, rngs), draw, loss, validate, "bytes", length, steps=300, batch_size=16)
+    return Task(lambda rngs: Decoder(modules, rngs, vocab=256, length=length), draw, loss, validate, "bytes", length, steps=300, batch_size=16)
 
 
 TASKS: dict[str, Callable[[ModuleType], Task]] = {"digits": digits, "text": text}

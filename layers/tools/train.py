@@ -17,7 +17,8 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from layers.tools.tasks import MODULES, TASKS, Task
+from layers.tools.language_model import MODULES
+from layers.tools.tasks import TASKS, Task
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""One row of the benchmark."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Fn = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the benchmark.
+
+    Attributes:
+        name: as `python -m layers bench NAME`.
+        work: what is computed, with sizes.
+        args: makes the arguments; all floating-point ones are differentiated.
+        idiomatic: what people write with jax.nn, Flax or optax.
+        ours: the same with this library.
+        flops: floating-point operations in matrix products, forward and backward, without recomputation.
+        others: further ways to the same, by name.
+        peers: the same with other libraries, used where they are installed: by package, `(package, *args) -> output`. For "torch" the
+            arguments are tensors.
+        rounds: how often it is run where that is not the benchmark's number; for work that takes many seconds.
+    """
+
+    name: str
+    work: str
+    args: Callable[[], tuple[Any, ...]]
+    idiomatic: Fn
+    ours: Fn
+    flops: float = 0.0
+    others: tuple[tuple[str, Fn], ...] = ()
+    peers: tuple[tuple[str, Fn], ...] = ()
+    rounds: int = 0
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What each of the programs takes: the gradient of the output, then `args`."""
+        args = self.args()
+        return _draw_like(jax.eval_shape(self.idiomatic, *args)), *args
+
+    def programs(self) -> dict[str, Fn]:
+        """Forward and backward of each way."""
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        ways: dict[str, Fn] = {
+            "idiomatic": self.idiomatic,
+            "checkpoint": jax.checkpoint(self.idiomatic),
+            "dots policy": jax.checkpoint(self.idiomatic, policy=dots),
+            **dict(self.others),
+            **{name: partial(peer, importlib.import_module(name)) for name, peer in self.peers if name != "torch" and _installed(name)},
+            "ours": self.ours,
+        }
+        return {name: forward_and_backward(fn) for name, fn in ways.items()}
+
+    def runners(self) -> dict[str, Callable[[], Any]]:
+        """Forward and backward with what JAX does not compile."""
+        return {name: _torch_run(peer, *self.arguments()) for name, peer in self.peers if name == "torch" and _installed(name)}
+
+
+def forward_and_backward(fn: Fn) -> Fn:
+    """`(cotangent, *args)` to the output and the gradients of all floating-point arguments."""
+
+    def program(cotangent: Any, *args: Any) -> Any:
+        moving = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
+
+        def of_moving(*moved: Any) -> Any:
+            now = list(args)
+            for i, x in zip(moving, moved, strict=True):
+                now[i] = x
+            return fn(*now)
+
+        out, pull = jax.vjp(of_moving, *[args[i] for i in moving])
+        return out, pull(cotangent)
+
+    return program
+
+
+def _draw_like(out: Any) -> Any:
+    """A gradient for an output: 1 for a scalar, else normal numbers."""
+    return jax.tree.map(lambda y: jnp.ones(y.shape, y.dtype) if y.ndim == 0 else jax.random.normal(jax.random.key(9), y.shape, y.dtype), out)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _torch_run(fn: Fn, cotangent: Any, *args: Any) -> Callable[[], Any]:
+    torch: Any = importlib.import_module("torch")
+    tensors = [torch.from_numpy(np.array(x)) for x in args]
+    gradient = torch.from_numpy(np.array(cotangent))
+    moving = [t.requires_grad_() for t in tensors if t.is_floating_point()]
+
+    def run() -> Any:
+        return torch.autograd.grad(fn(torch, *tensors), moving, gradient)
+
+    return run
+
+
+def normal(*shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Normal arrays of these shapes; those after the first scaled as weights are."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return tuple(jax.random.normal(k, s) / (s[-2] ** 0.5 if i and len(s) > 1 else 1) for i, (k, s) in enumerate(zip(keys, shapes, strict=True)))

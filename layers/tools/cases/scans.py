@@ -1,0 +1,114 @@
+"""Rows of the benchmark: recurrences and scans."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from layers.recurrent.checkpointed_scan import checkpointed_scan
+from layers.recurrent.gated_linear_attention import gated_linear_attention
+from layers.recurrent.linear_recurrence import linear_recurrence
+from layers.recurrent.selective_scan import selective_scan
+from layers.tools.cases.case import Case, normal
+
+
+def _recurrence_args() -> tuple[Any, ...]:
+    a, b = (jax.random.normal(k, (4096, 2048)) for k in jax.random.split(jax.random.key(0)))
+    return jax.nn.sigmoid(a), b
+
+
+def _recurrence(a: Any, b: Any) -> Any:
+    return lax.scan(lambda h, ab: (ab[0] * h + ab[1],) * 2, jnp.zeros_like(b[0]), (a, b))[1]
+
+
+def _associative_recurrence(a: Any, b: Any) -> Any:
+    return lax.associative_scan(lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1]), (a, b))[1]
+
+
+def _selective_args() -> tuple[Any, ...]:
+    shapes = (2, 4096, 512), (2, 4096, 512), (512, 16), (2, 4096, 16), (2, 4096, 16)
+    u, delta, a, b, c = (jax.random.normal(k, s) for k, s in zip(jax.random.split(jax.random.key(0), 5), shapes, strict=True))
+    return u, jax.nn.softplus(delta - 3), -jnp.exp(a / 2), b, c
+
+
+def _selective(u: Any, delta: Any, a: Any, b: Any, c: Any) -> Any:
+    def step(h: Any, x: Any) -> tuple[Any, Any]:
+        u, delta, b, c = x
+        h = jnp.exp(delta[..., None] * a) * h + (delta * u)[..., None] * b[:, None]
+        return h, jnp.einsum("bds,bs->bd", h, c)
+
+    rows = tuple(jnp.moveaxis(x, 1, 0) for x in (u, delta, b, c))
+    return jnp.moveaxis(lax.scan(step, jnp.zeros((u.shape[0], *a.shape)), rows)[1], 0, 1)
+
+
+def _associative_selective(u: Any, delta: Any, a: Any, b: Any, c: Any) -> Any:
+    fade, drive = jnp.exp(delta[..., None] * a), (delta * u)[..., None] * b[:, :, None]
+    states = lax.associative_scan(lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1]), (fade, drive), axis=1)[1]
+    return jnp.einsum("btds,bts->btd", states, c)
+
+
+def _attention_args() -> tuple[Any, ...]:
+    q, k, v, g = (jax.random.normal(key, (1, 2048, 4, 64)) for key in jax.random.split(jax.random.key(0), 4))
+    return q, k, v, jax.nn.log_sigmoid(g + 2)
+
+
+def _linear_attention(q: Any, k: Any, v: Any, g: Any) -> Any:
+    def step(s: Any, x: Any) -> tuple[Any, Any]:
+        q, k, v, g = x
+        s = jnp.exp(g)[..., None] * s + k[..., None] * v[..., None, :]
+        return s, jnp.einsum("bhk,bhkv->bhv", q, s) / 8
+
+    return jnp.moveaxis(lax.scan(step, jnp.zeros((1, 4, 64, 64)), tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g)))[1], 0, 1)
+
+
+def _leapfrog(scan: Any, position: Any, momentum: Any, strength: Any) -> Any:
+    def step(state: Any, _: None) -> tuple[Any, None]:
+        q, p = state
+        p = p - 0.005 * strength * jnp.sin(q)
+        q = q + 0.01 * p
+        return (q, p - 0.005 * strength * jnp.sin(q)), None
+
+    return scan(step, (position, momentum), None, length=10_000)[0]
+
+
+def _segments_by_hand(f: Any, init: Any, xs: None, length: int) -> Any:
+    return lax.scan(jax.checkpoint(lambda c, _: lax.scan(f, c, None, length=100), prevent_cse=False), init, xs, length=length // 100)
+
+
+CASES = (
+    Case(
+        "linear_recurrence",
+        "h_t = a_t h_{t-1} + b_t, 4096 steps of 2048",
+        _recurrence_args,
+        _recurrence,
+        linear_recurrence,
+        others=(("associative scan", _associative_recurrence),),
+    ),
+    Case(
+        "selective_scan",
+        "selective scan, batch 2, 4096 steps, 512 features of 16 states",
+        _selective_args,
+        _selective,
+        selective_scan,
+        others=(("associative scan", _associative_selective),),
+    ),
+    Case(
+        "gated_linear_attention",
+        "gated linear attention, 2048 tokens, 4 heads of 64",
+        _attention_args,
+        _linear_attention,
+        gated_linear_attention,
+    ),
+    Case(
+        "checkpointed_scan",
+        "leapfrog, 10 000 steps of 2 x (16, 32)",
+        lambda: normal((16, 32), (16, 32), (16, 32)),
+        partial(_leapfrog, lax.scan),
+        partial(_leapfrog, checkpointed_scan),
+        others=(("nested checkpoint", partial(_leapfrog, _segments_by_hand)),),
+    ),
+)
