@@ -1,4 +1,4 @@
-"""Every nnx module of the library as a Flax Linen module, derived.
+"""The nnx modules of the library as Flax Linen modules, derived; not those that are made of other modules (`DEQ`, `ReversibleStack`, `RNN`).
 
 `layers.linen.Linear(3, 4)` takes what `layers.Linear(3, 4)` takes, without `rngs`.
 

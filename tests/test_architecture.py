@@ -106,7 +106,9 @@ def test_importing_the_library_needs_jax_flax_and_jaxtyping_only():
 
 def _layer_files():
     """The files of families that the facade takes a function from, and that hold its rule."""
-    homes = {m[1].replace(".", "/") for m in re.finditer(r"^from layers\.(\w+\.\w+) import", (PACKAGE / "__init__.py").read_text(), re.MULTILINE)}
+    homes = {
+        m[1].replace(".", "/") for m in re.finditer(r"^from layers\.(\w+\.(\w+)) import \2 as", (PACKAGE / "__init__.py").read_text(), re.MULTILINE)
+    }
     for path in FILES:
         home = str(path.relative_to(PACKAGE).with_suffix(""))
         if home in homes and place(path) in FAMILIES and re.search(r"^class \w+Function\(\w*Function\):", path.read_text(), re.MULTILINE):

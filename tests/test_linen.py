@@ -83,3 +83,28 @@ def test_derived_modules_under_linen_scan_and_remat_have_the_gradient_of_the_for
     expected = jax.grad(lambda p: jnp.sum(jnp.sin(_by_hand(p, X))))(variables["params"])
     given = jax.jit(jax.grad(loss))(variables)["params"]
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=2e-4, atol=2e-5), given, expected)
+
+
+SEQUENCE = jnp.linspace(-1.0, 1.0, 40).reshape(2, 5, 4)
+FURTHER = {
+    "MLP": ((4, 6), {}),
+    "GatedMLP": ((4, 6), {}),
+    "LSTM": ((4, 6), {}),
+    "GRU": ((4, 6), {}),
+    "Mamba": ((4,), {}),
+    "Int8Linear": ((4, 6), {}),
+    "VectorQuantizer": ((8, 4), {}),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_modules_without_a_twin_in_flax_are_derived_too(name):
+    args, options = FURTHER[name]
+    module = getattr(layers.linen, name)(*args, **options)
+    variables = module.init(jax.random.key(0), SEQUENCE)
+    nnx_module = getattr(layers, name)(*args, **options, rngs=nnx.Rngs(0))
+    ours = {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(nnx_module, nnx.Param))}
+    theirs = {"/".join(k.key for k in path): v for path, v in jax.tree_util.tree_leaves_with_path(variables["params"])}
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    out = jax.tree.leaves(module.apply(variables, SEQUENCE))
+    assert all(np.isfinite(x).all() for x in out)

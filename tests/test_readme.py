@@ -1,12 +1,17 @@
 """The README says what is so: its example runs, its tables are those of the code and of the committed results."""
 
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
+
+import layers
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -16,6 +21,16 @@ def test_example_runs():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert "(4, 3, 4, 3)" in done.stdout
+
+
+def test_lines_for_a_model_that_exists_run():
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.LayerNorm(8, rngs=nnx.Rngs(1)))
+    names = {"layers": layers, "model": model, "batch": jnp.ones((3, 4)), "loss": lambda model, batch: jnp.sum(model(batch) ** 2)}
+    names |= {"hidden": jnp.ones((3, 8)), "kernel": jnp.ones((8, 5)), "labels": jnp.array([0, 4, 1])}
+    exec(code, names)
+    assert [r.layer for r in names["report"].swapped] == ["Linear", "LayerNorm"]
+    assert float(names["loss"]) == pytest.approx(math.log(5))
 
 
 def test_example_has_about_twenty_lines():

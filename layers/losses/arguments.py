@@ -7,14 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from layers.core import compat
 from layers.losses.targets import REDUCTIONS, Options
 
 
 def read_options(name: str, **options: Any) -> Options:
     """The options, checked."""
     given = Options(**options)
+    refuse_traced(name, **options)
+    if not isinstance(given.ignore_index, (int, np.integer)):
+        raise TypeError(f"{name}: ignore_index is {given.ignore_index!r}, but must be an integer")
     check_reduction(name, given.reduction)
     check_block_size(name, given.block_size)
     if not 0 <= given.label_smoothing <= 1:
@@ -24,6 +29,13 @@ def read_options(name: str, **options: Any) -> Options:
     if given.logit_soft_cap is not None and not given.logit_soft_cap > 0:
         raise ValueError(f"{name}: logit_soft_cap is {given.logit_soft_cap}, but must be positive: None is for no cap")
     return given
+
+
+def refuse_traced(name: str, **options: Any) -> None:
+    """Raises for an option that is a traced array: options are part of the program."""
+    for key, value in options.items():
+        if isinstance(value, compat.Tracer):
+            raise TypeError(f"{name}: {key} is traced, but is part of the program: pass a Python number (static_argnames of jax.jit)")
 
 
 def check_reduction(name: str, reduction: str) -> None:
@@ -59,6 +71,8 @@ def check_head(name: str, x: Any, kernel: Any, bias: Any, prefix: str = "") -> t
 def check_labels(name: str, labels: Any, class_weights: Any, batch: tuple[int, ...], vocab: int) -> tuple[jax.Array, jax.Array | None]:
     """Labels and class weights, checked; the weights as constants."""
     labels = jnp.asarray(labels)
+    if jnp.issubdtype(labels.dtype, jnp.integer) and labels.dtype.itemsize < 4:
+        labels = labels.astype(jnp.int32)  # a narrow dtype holds neither vocab nor ignore_index
     shape = (*batch, vocab) if jnp.issubdtype(labels.dtype, jnp.floating) else batch
     if not jnp.issubdtype(labels.dtype, jnp.floating) and not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"{name}: labels are of dtype {labels.dtype}, but must be integers (classes) or floating-point (distributions)")
@@ -68,6 +82,8 @@ def check_labels(name: str, labels: Any, class_weights: Any, batch: tuple[int, .
     if class_weights is None:
         return labels, None
     class_weights = jnp.asarray(class_weights)
+    if not (jnp.issubdtype(class_weights.dtype, jnp.floating) or jnp.issubdtype(class_weights.dtype, jnp.integer)):
+        raise TypeError(f"{name}: class_weights are of dtype {class_weights.dtype}, but must be real numbers")
     if class_weights.shape != (vocab,):
         raise ValueError(f"{name}: class_weights have shape {class_weights.shape}, but must be (vocab,) = ({vocab},)")
     return labels, lax.stop_gradient(class_weights)

@@ -47,12 +47,14 @@ def divergence_gradients(a: jax.Array, b: jax.Array, stats: Stats, weight: jax.A
     log_q, log_p = log_softmax(a, stats.student), log_softmax(b, stats.teacher)
     weight = weight[:, None] / options.temperature
     if beta == 0:
-        return weight * (jnp.exp(log_q) - jnp.exp(log_p))
+        return product(weight, jnp.exp(log_q) - jnp.exp(log_p))
     share = 1 if beta == 1 else 1 - beta
-    return weight * share * product(jnp.exp(log_q), log_q - _log_mixture(log_q, log_p, beta) - stats.of_student[:, None])
+    return product(weight * share, product(jnp.exp(log_q), log_q - _log_mixture(log_q, log_p, beta) - stats.of_student[:, None]))
 
 
 def _log_mixture(log_q: jax.Array, log_p: jax.Array, beta: float) -> jax.Array:
-    if beta in (0, 1):
-        return log_p if beta else log_q
+    if beta == 0:
+        return log_q
+    if beta == 1:
+        return jnp.maximum(log_p, jnp.finfo(log_p.dtype).min / 4)  # of a class that the teacher excludes: huge, and finite
     return jnp.logaddexp(log_p + jnp.log(beta), log_q + jnp.log1p(-beta))

@@ -19,7 +19,7 @@ from jax import lax
 from layers.core.blocks import block_size, map_blocks, scan_blocks
 from layers.core.numerics import wide
 
-LOGITS_BYTES, SLICE_BYTES = 1 << 26, 1 << 23
+LOGITS_BYTES, SLICE_BYTES = 1 << 25, 1 << 23
 """Of a float32 block of logits, and of a float32 slice of dkernel."""
 GROUP_BYTES = 1 << 20
 """Of a float32 group of rows in which a block of logits is gone through."""

@@ -65,6 +65,10 @@ def linear_dpo(
         TypeError: where arrays are of the wrong dtype.
     """
     check_reduction("linear_dpo", reduction)
+    if jnp.shape(kernel)[-1:] != jnp.shape(reference_kernel)[-1:]:
+        raise ValueError(
+            f"linear_dpo: kernel has shape {jnp.shape(kernel)}, but reference_kernel {jnp.shape(reference_kernel)}: both need the same vocab"
+        )
     if not beta > 0:
         raise ValueError(f"linear_dpo: beta is {beta}, but must be positive")
     if not 0 <= label_smoothing < 0.5:
@@ -72,8 +76,10 @@ def linear_dpo(
 
     def log_ratio(which: str, x: Any, labels: Any, reference_x: Any) -> jax.Array:
         """log π - log ref of each sequence."""
-        if jnp.ndim(x) < 2 or not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
-            raise ValueError(f"linear_dpo: {which}_x must be (*batch, time, features) and {which}_labels integers (*batch, time): got {jnp.shape(x)}")
+        if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
+            raise TypeError(f"linear_dpo: {which}_labels are of dtype {jnp.asarray(labels).dtype}, but must be integers")
+        if jnp.ndim(x) < 2:
+            raise ValueError(f"linear_dpo: {which}_x has shape {jnp.shape(x)}, but must be (*batch, time, features)")
         of_tokens = [
             linear_cross_entropy(*a, ignore_index=ignore_index, logit_soft_cap=logit_soft_cap, reduction="none", block_size=block_size)
             for a in ((x, kernel, labels, bias), lax.stop_gradient((reference_x, reference_kernel, labels, reference_bias)))

@@ -30,7 +30,7 @@ from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.recompute import barrier
 from layers.losses import rows
-from layers.losses.arguments import as_batch, as_rows, check_block_size, check_head, check_reduction
+from layers.losses.arguments import as_batch, as_rows, check_block_size, check_head, check_reduction, refuse_traced
 from layers.losses.divergence import Options, Stats, divergence_gradients, divergences
 from layers.losses.head import Gradients, Head, by_groups, fold, replace_by_groups, rows_in_block
 
@@ -155,7 +155,8 @@ def linear_jsd(
         student_x, student_kernel, student_bias: the logits of the student are `student_x @ student_kernel + student_bias`.
         teacher_x, teacher_kernel, teacher_bias: the same of the teacher, of any number of features.
         mask: True where a row counts; None for everywhere.
-        beta: the teacher's share of the mixture, in [0, 1]; 0 is KL(teacher || student), 1 is KL(student || teacher).
+        beta: the teacher's share of the mixture, in [0, 1]; 0 is KL(teacher || student), 1 is KL(student || teacher), which is huge
+            and not infinite for what the teacher excludes.
         temperature: divides all logits.
         reduction: "mean" over the rows that count (0 where none does); "sum"; "none" for each row.
         block_size: rows in a block; None to choose.
@@ -167,6 +168,7 @@ def linear_jsd(
         ValueError: for shapes that do not fit, an unknown reduction, a value out of its range.
         TypeError: where arrays are of the wrong dtype.
     """
+    refuse_traced("linear_jsd", beta=beta, temperature=temperature)
     if not 0 <= beta <= 1:
         raise ValueError(f"linear_jsd: beta is {beta}, but must lie in [0, 1]")
     options = Options(float(beta), float(temperature), reduction, block_size)

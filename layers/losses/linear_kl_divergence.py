@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
+from layers.losses.arguments import refuse_traced
 from layers.losses.divergence import Options
 from layers.losses.linear_jsd import distill
 
@@ -42,6 +43,7 @@ def linear_kl_divergence(
         ValueError: for shapes that do not fit, an unknown reduction, a value out of its range.
         TypeError: where arrays are of the wrong dtype.
     """
+    refuse_traced("linear_kl_divergence", temperature=temperature)
     options = Options(0.0, float(temperature), reduction, block_size)
     student, teacher = (student_x, student_kernel, student_bias), (teacher_x, teacher_kernel, teacher_bias)
     return distill("linear_kl_divergence", student, teacher, mask, options)

@@ -13,12 +13,14 @@ from layers.core.elementwise import ACTIVATIONS
 SAVE = ("inputs", "preactivations")
 
 
-def check_options(name: str, activation: str, save: str, size: int | None) -> None:
+def check_options(name: str, activation: str, save: str, size: int | None, dtype: Any) -> None:
     """Raises unless each is one that there is."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}: activation is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}")
     if save not in SAVE:
         raise ValueError(f"{name}: save is {save!r}, but must be one of {', '.join(SAVE)}")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name}: dtype is {jnp.dtype(dtype)}, but must be a real floating-point dtype")
     if size is not None and size < 1:
         raise ValueError(f"{name}: block_size is {size}, but a block has at least one row: None chooses")
 

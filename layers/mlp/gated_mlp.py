@@ -99,7 +99,7 @@ def gated_mlp(
     """
     x, gate_kernel, up_kernel, down_kernel = as_arrays(x, gate_kernel, up_kernel, down_kernel)
     biases = as_arrays(gate_bias, up_bias, down_bias)
-    check_options("gated_mlp", activation, save, block_size)
+    check_options("gated_mlp", activation, save, block_size, dtype)
     kernels = {"gate_kernel": gate_kernel, "up_kernel": up_kernel}
     check_arrays("gated_mlp", x, kernels, down_kernel, gate_bias=biases[0], up_bias=biases[1], down_bias=biases[2])
     plan = Plan(HIDDEN[activation], save == "preactivations", block_size, dtype)
@@ -141,7 +141,7 @@ class GatedMLP(nnx.Module):
         block_size: int | None = None,
         rngs: nnx.Rngs,
     ):
-        check_options("GatedMLP", activation, save, block_size)
+        check_options("GatedMLP", activation, save, block_size, dtype)
         options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init, "rngs": rngs}
         self.gate = nnx.Linear(in_features, hidden_features, **options)
         self.up = nnx.Linear(in_features, hidden_features, **options)

@@ -93,7 +93,7 @@ def mlp(
         TypeError: where an array is not of a real floating-point dtype.
     """
     x, up_kernel, down_kernel, up_bias, down_bias = as_arrays(x, up_kernel, down_kernel, up_bias, down_bias)
-    check_options("mlp", activation, save, block_size)
+    check_options("mlp", activation, save, block_size, dtype)
     check_arrays("mlp", x, {"up_kernel": up_kernel}, down_kernel, up_bias=up_bias, down_bias=down_bias)
     plan = Plan(HIDDEN[activation], save == "preactivations", block_size, dtype)
     y = MLPFunction.apply(as_rows(x), up_kernel, down_kernel, up_bias, down_bias, plan)
@@ -134,7 +134,7 @@ class MLP(nnx.Module):
         block_size: int | None = None,
         rngs: nnx.Rngs,
     ):
-        check_options("MLP", activation, save, block_size)
+        check_options("MLP", activation, save, block_size, dtype)
         options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init, "rngs": rngs}
         self.up = nnx.Linear(in_features, hidden_features, **options)
         self.down = nnx.Linear(hidden_features, out_features or in_features, **options)

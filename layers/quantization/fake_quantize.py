@@ -49,7 +49,7 @@ class FakeQuantizeFunction(Function):
         (x, step), dy = barrier(ctx.saved_tensors, dy)
         low, high = ctx.levels
         u = _quotient(x, step)
-        inside = (u >= low) & (ctx.absmax | (u <= high))
+        inside = u >= low if ctx.absmax else (u > low) & (u < high)
         dx = jnp.where(inside, dy, 0)
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None
@@ -62,7 +62,7 @@ class FakeQuantizeFunction(Function):
         low, high = _levels(bits, signed)
         hold = jax.lax.stop_gradient
         u = hold(x / step)
-        inside = (u >= low) & (u <= high)
+        inside = (u > low) & (u < high)
         slope = hold(jnp.round(jnp.clip(u, low, high)) - jnp.where(inside, u, 0))
         return jnp.where(inside, x, 0) + slope * step / math.sqrt(x.size // step.size * high)
 
@@ -93,11 +93,14 @@ def fake_quantize(
         An array of the shape and dtype of `x`. A step of 0 gives zeros, and finite gradients.
 
     Raises:
+        TypeError: where `x` is not of a floating-point dtype.
         ValueError: for too few bits, an `axis` that `x` has not, or a `step` of another shape.
 
     Reference: Esser et al., "Learned Step Size Quantization", 2020.
     """
     x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"fake_quantize: x is of dtype {x.dtype}, but must be of a real floating-point dtype: cast it, x.astype('float32')")
     if bits < 1 + signed:
         raise ValueError(f"fake_quantize: bits is {bits}, but must be at least {1 + signed} for {'signed' if signed else 'unsigned'} levels")
     if axis is not None and not -x.ndim <= axis < x.ndim:

@@ -70,7 +70,8 @@ def finite_scalar_quantize(x: Float[Array, "*batch channels"], levels: Sequence[
         The quantised features, and the index of each vector in the codebook (int32, first channel fastest).
 
     Raises:
-        ValueError: if `levels` has not one entry for each channel, an entry is below 2, or the codebook does not fit an int32.
+        ValueError: if `levels` has not one entry for each channel, an entry is below 2 or more than the dtype can tell apart, or the codebook
+            does not fit an int32.
 
     Reference: Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", 2023.
     """
@@ -79,6 +80,8 @@ def finite_scalar_quantize(x: Float[Array, "*batch channels"], levels: Sequence[
         raise ValueError(f"finite_scalar_quantize: levels has {len(levels)} entries, but x has shape {x.shape}; give one for each channel")
     if min(levels, default=2) < 2 or int(np.prod(levels, dtype=object)) > 2**31 - 1:
         raise ValueError(f"finite_scalar_quantize: levels is {levels}, but each must be at least 2 and their product below 2**31")
+    if jnp.issubdtype(x.dtype, jnp.floating) and max(levels, default=2) // 2 * float(jnp.finfo(x.dtype).eps) > 1:
+        raise ValueError(f"finite_scalar_quantize: {x.dtype} cannot tell {max(levels)} levels apart: cast x, x.astype('float32')")
     y = FiniteScalarQuantizeFunction.apply(x, levels)
     half = np.asarray(levels) // 2
     digits = jnp.round(jax.lax.stop_gradient(y).astype(jnp.float32) * half + half).astype(jnp.int32)

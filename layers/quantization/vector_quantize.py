@@ -177,9 +177,10 @@ class VectorQuantizer(nnx.Module):
         if threshold_ema_dead_code and not ema:
             raise ValueError(f"VectorQuantizer: threshold_ema_dead_code is {threshold_ema_dead_code}, which needs ema=True")
         embedding = embedding_init(rngs.params(), (num_embeddings, features), param_dtype)
+        fresh = max(1.0, threshold_ema_dead_code)
         self.embedding = nnx.BatchStat(embedding) if ema else nnx.Param(embedding)
-        self.cluster_size = nnx.BatchStat(jnp.ones(num_embeddings, wide(param_dtype))) if ema else nnx.data(None)
-        self.embedding_sum = nnx.BatchStat(embedding.astype(wide(param_dtype))) if ema else nnx.data(None)
+        self.cluster_size = nnx.BatchStat(jnp.full(num_embeddings, fresh, wide(param_dtype))) if ema else nnx.data(None)
+        self.embedding_sum = nnx.BatchStat(fresh * embedding.astype(wide(param_dtype))) if ema else nnx.data(None)
         self.rngs = rngs["codebook"].fork() if threshold_ema_dead_code else nnx.data(None)
         self.num_embeddings, self.features, self.param_dtype = num_embeddings, features, param_dtype
         self.commitment_weight, self.gradient, self.deterministic = commitment_weight, gradient, deterministic
@@ -204,7 +205,8 @@ class VectorQuantizer(nnx.Module):
         if self.rngs is not None:
             dead = size < self.threshold_ema_dead_code
             drawn = rows[jax.random.randint(self.rngs(), dead.shape, 0, len(rows))].astype(total.dtype)
-            size, total = jnp.where(dead, 1, size), jnp.where(dead[:, None], drawn, total)
+            fresh = max(1.0, self.threshold_ema_dead_code)  # as at the start, so that it stays alive while it is chosen
+            size, total = jnp.where(dead, fresh, size), jnp.where(dead[:, None], fresh * drawn, total)
         smooth = (size + self.epsilon) * size.sum() * safe_reciprocal(size.sum() + self.num_embeddings * self.epsilon)
         self.cluster_size[...], self.embedding_sum[...] = size, total
         self.embedding[...] = (total * safe_reciprocal(smooth)[:, None]).astype(self.param_dtype)

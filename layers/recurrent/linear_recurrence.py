@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from layers.core.function import Function
+from layers.core.numerics import wide
 from layers.recurrent.loops import scan
 
 
@@ -25,21 +26,21 @@ def _run(a: jax.Array, b: jax.Array, start: jax.Array) -> jax.Array:
     """Every state; `a` and `b` have time first."""
 
     def step(h: jax.Array, ab: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        h = ab[0] * h + ab[1]
-        return h, h
+        h = ab[0].astype(h.dtype) * h + ab[1].astype(h.dtype)
+        return h, h.astype(b.dtype)
 
-    return scan(step, start, (a, b))[1]
+    return scan(step, start.astype(wide(start.dtype)), (a, b))[1]
 
 
 def _run_back(a: jax.Array, dh: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Every l, and a_1 l_1. The product a_t l_t is carried, so that `a` need not be shifted by a step."""
 
     def step(al: jax.Array, adh: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        total = adh[1] + al
-        return adh[0] * total, total
+        total = adh[1].astype(al.dtype) + al
+        return adh[0].astype(al.dtype) * total, total.astype(dh.dtype)
 
-    last, db = scan(step, jnp.zeros_like(dh[0]), (a, dh), reverse=True)
-    return db, last
+    last, db = scan(step, jnp.zeros_like(dh[0], dtype=wide(dh.dtype)), (a, dh), reverse=True)
+    return db, last.astype(dh.dtype)
 
 
 def _before(h: jax.Array, initial: jax.Array) -> jax.Array:
@@ -81,6 +82,8 @@ def linear_recurrence(
 ) -> Inexact[Array, "*shape"]:
     """Computes h_t = a_t h_{t-1} + b_t for every t along `axis`, elementwise in all other axes.
 
+    The state is held in float32 or wider, whatever the dtype of the arrays.
+
     Args:
         a: coefficients, real or complex.
         b: inputs, of the same shape.
@@ -93,10 +96,13 @@ def linear_recurrence(
 
     Raises:
         ValueError: where shapes differ or `axis` is not an axis.
+        TypeError: for arrays of integers.
 
     Reference: Martin & Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", 2018.
     """
     a, b = jnp.asarray(a), jnp.asarray(b)
+    if not jnp.issubdtype(jnp.result_type(a, b), jnp.inexact):
+        raise TypeError(f"linear_recurrence: a and b are of dtype {a.dtype} and {b.dtype}, but must be floating-point or complex: cast them")
     if a.shape != b.shape:
         raise ValueError(f"linear_recurrence: a has shape {a.shape}, but must have that of b, {b.shape}; broadcast it")
     if not -a.ndim <= axis < a.ndim:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layers.core.function import Function
 from layers.core.trees import map_floating_together
@@ -49,6 +50,6 @@ def add_gradient_noise(x: Any, key: jax.Array, *, stddev: float | jax.Array) -> 
     Raises:
         ValueError: if `stddev` is not a scalar, or a negative number.
     """
-    if jnp.ndim(stddev) != 0 or (isinstance(stddev, (int, float)) and stddev < 0):
+    if jnp.ndim(stddev) != 0 or (isinstance(stddev, (int, float, np.number)) and stddev < 0):
         raise ValueError(f"add_gradient_noise: stddev is {stddev}, but must be a scalar that is not negative")
     return map_floating_together("add_gradient_noise", lambda leaves: AddGradientNoiseFunction.apply(leaves, key, stddev), x)

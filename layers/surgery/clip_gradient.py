@@ -13,10 +13,12 @@ Reference: Pascanu et al., "On the difficulty of training recurrent neural netwo
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
@@ -35,15 +37,22 @@ class ClipGradientFunction(Function):
         if ctx.max_value is not None:
             dx = [jnp.clip(d, -ctx.max_value, ctx.max_value) for d in dx]
         if ctx.max_norm is not None:
-            square = sum(jnp.sum(jnp.square(jnp.abs(d).astype(wide(d.real.dtype)))) for d in dx)
-            shrink = jnp.minimum(1, ctx.max_norm * safe_reciprocal(jnp.sqrt(square)))
-            shrink = jnp.where(square == 0, 1, shrink)
+            shrink = _shrink_to(ctx.max_norm, dx)
             dx = [(d * shrink).astype(d.dtype) for d in dx]
         return dx, None, None
 
     @staticmethod
     def jvp(ctx, x_dot, *_):
         return x_dot
+
+
+def _shrink_to(max_norm: Any, dx: list[Any]) -> jax.Array:
+    """min(1, max_norm / |dx|), where |dx| may be too large or too small to be squared."""
+    sizes = [jnp.abs(d).astype(wide(d.real.dtype)) for d in dx]
+    largest = functools.reduce(jnp.maximum, [jnp.max(s, initial=0) for s in sizes], jnp.zeros((), jnp.float32))
+    unit = safe_reciprocal(jnp.where(jnp.isfinite(largest), largest, 1))
+    norm = jnp.sqrt(sum((jnp.sum(jnp.square(s * unit)) for s in sizes), jnp.zeros(())))
+    return jnp.where(norm == 0, 1, jnp.minimum(1, max_norm * unit * safe_reciprocal(norm)))
 
 
 def clip_gradient(x: Any, *, max_value: float | None = None, max_norm: float | None = None) -> Any:
@@ -60,7 +69,7 @@ def clip_gradient(x: Any, *, max_value: float | None = None, max_norm: float | N
     if max_value is None and max_norm is None:
         raise ValueError("clip_gradient: give max_value, max_norm or both")
     for name, bound in (("max_value", max_value), ("max_norm", max_norm)):
-        if isinstance(bound, (int, float)) and bound < 0:
+        if isinstance(bound, (int, float, np.number)) and bound < 0:
             raise ValueError(f"clip_gradient: {name} is {bound}, but a bound must not be negative")
     if max_value is not None and any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(x)):
         raise TypeError("clip_gradient: max_value has no meaning for complex arrays; use max_norm")

@@ -31,7 +31,8 @@ def _row(family: str, named: list[tuple[str, Any]]) -> tuple[str, str, str, str]
     modules = {n: v for n, v in named if isinstance(v, type) and issubclass(v, nnx.Module)}
     described = next(iter((functions or modules or dict(named)).values()))
     sentence = (inspect.getdoc(described) or "").split("\n")[0]
-    return family, *(" ".join(f"`{n}`" for n in part) for part in (functions, modules)), sentence
+    named_functions, named_modules = (" ".join(f"`{n}`" for n in part) for part in (functions, modules))
+    return family, named_functions, named_modules, sentence
 
 
 def layer_table() -> str:

@@ -326,3 +326,8 @@ def test_stack_of_norms_and_perceptrons_takes_a_fraction_of_the_memory(scanned, 
 def test_recomputation_is_in_the_compiled_program_of_an_unrolled_stack(save, products):
     """Nine products of matrices a block without recomputation, two more with it: XLA has merged none with those of forward."""
     assert len(re.findall(r" dot\(", stack(OUR_BLOCKS[save], scanned=False).as_text())) == DEPTH * products
+
+
+def test_integer_dtype_is_an_error():
+    with pytest.raises(TypeError, match="dtype is int32"):
+        mlp(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones((4, 3)), dtype=jnp.int32)

@@ -65,8 +65,8 @@ def lsq_by_hand(x, dy, step, low, high):
     dx, ds = np.zeros_like(x), 0.0
     for i in np.ndindex(x.shape):
         u = x[i] / step
-        if u < low or u > high:
-            ds += dy[i] * (low if u < low else high)
+        if u <= low or u >= high:
+            ds += dy[i] * (low if u <= low else high)
         else:
             dx[i] = dy[i]
             ds += dy[i] * (np.round(u) - u)
@@ -159,3 +159,17 @@ def test_fsq_gradient_is_that_of_the_bound():
 def test_bad_options_are_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_learned_step_is_pulled_by_entries_at_the_clipping_levels():
+    """Equation 3 of the paper: what is not strictly inside has the slope of its level."""
+    dx, ds = jax.grad(lambda x, s: jnp.sum(layers.fake_quantize(x, s, bits=4)), (0, 1))(jnp.array([7.0, 8.0]), jnp.float32(1.0))
+    np.testing.assert_allclose(dx, [0, 0])
+    np.testing.assert_allclose(ds, 14 / np.sqrt(14), rtol=1e-6)
+
+
+def test_what_a_dtype_cannot_tell_apart_is_an_error():
+    with pytest.raises(ValueError, match="cannot tell 1000 levels apart"):
+        layers.finite_scalar_quantize(jnp.ones((2, 1), jnp.bfloat16), (1000,))
+    with pytest.raises(TypeError, match="floating-point"):
+        layers.fake_quantize(jnp.arange(3))

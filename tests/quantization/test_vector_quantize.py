@@ -328,3 +328,17 @@ def test_rotation_and_straight_through_agree_where_the_vector_is_its_code():
     for cls, books in ((VectorQuantizeFunction, codebook), (ResidualVectorQuantizeFunction, (codebook,))):
         dx = jax.vjp(lambda x, cls=cls, books=books: cls.apply(x, books, "rotation")[0], codebook)[1](dy)[0]
         np.testing.assert_allclose(dx, dy, rtol=1e-4, atol=1e-5)
+
+
+def test_revived_codes_stay_alive_while_they_are_chosen():
+    rows = jax.random.normal(jax.random.key(0), (512, 2))
+    model = VectorQuantizer(8, 2, ema=True, threshold_ema_dead_code=2.0, rngs=nnx.Rngs(0))
+    step = nnx.jit(lambda m, x: m(x)[1])
+    for _ in range(10):
+        indices = step(model, rows)
+    before = np.asarray(model.embedding[...])
+    chosen = np.unique(np.asarray(indices))
+    step(model, rows)
+    moved = np.linalg.norm(np.asarray(model.embedding[...]) - before, axis=-1)
+    assert len(chosen) == 8
+    assert moved[chosen].max() < 0.05

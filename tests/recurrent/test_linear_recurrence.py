@@ -84,3 +84,18 @@ def test_takes_half_the_temporary_memory_of_scan():
 def test_bad_shapes_are_errors(args, options, message):
     with pytest.raises(ValueError, match=message):
         layers.linear_recurrence(*[jnp.ones(s) for s in args], **options)
+
+
+def test_half_precision_holds_the_state_wide():
+    """a = 1 - 1/256: in bfloat16 itself the state would stop at half of its limit."""
+    a, b = jnp.full(4096, 0.99609375, jnp.bfloat16), jnp.ones(4096, jnp.bfloat16)
+    h, pull = jax.vjp(lambda b: layers.linear_recurrence(a, b), b)
+    assert h.dtype == jnp.bfloat16
+    np.testing.assert_allclose(float(h[-1]), 256, rtol=0.005)
+    (db,) = pull(jnp.zeros_like(h).at[-1].set(1))
+    np.testing.assert_allclose(float(db[-700]), 0.99609375**699, rtol=0.005)
+
+
+def test_integers_are_an_error():
+    with pytest.raises(TypeError, match="floating-point or complex"):
+        layers.linear_recurrence(jnp.arange(3), jnp.arange(3))

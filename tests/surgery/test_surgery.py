@@ -130,3 +130,22 @@ def test_bad_options_are_errors(call, message):
 def test_a_leaf_that_is_no_array_is_an_error():
     with pytest.raises(TypeError, match="reverse_gradient: the input holds a str"):
         layers.reverse_gradient({"a": "text"})
+
+
+@pytest.mark.parametrize("size", [1e20, 1e-25])
+def test_norm_of_a_gradient_that_cannot_be_squared_is_right(size):
+    given = jax.grad(lambda x: jnp.sum(layers.clip_gradient(x, max_norm=1.0) * size))(jnp.ones(4))
+    np.testing.assert_allclose(given, jnp.full(4, min(0.5, size)), rtol=1e-6)
+
+
+def test_negative_numpy_bounds_are_errors():
+    with pytest.raises(ValueError, match="must not be negative"):
+        layers.clip_gradient(jnp.ones(2), max_norm=np.float32(-1))
+    with pytest.raises(ValueError, match="not negative"):
+        layers.add_gradient_noise(jnp.ones(2), jax.random.key(0), stddev=np.float32(-1))
+
+
+@pytest.mark.parametrize("step", [lambda x: x > 0, lambda x: (x > 0).astype(jnp.int32)])
+def test_step_without_a_floating_result_is_an_error(step):
+    with pytest.raises(ValueError, match="cast what forward_fn returns"):
+        layers.replace_gradient(step, jax.nn.sigmoid)(jnp.ones(2))

@@ -15,13 +15,13 @@ from layers.losses.softmax_cross_entropy import softmax_cross_entropy
 from layers.tools.cases.case import Case, normal
 
 
-def _linear(name: str, rows: int, features: int, vocab: int, block_size: int | None = None, **options: Any) -> Case:
+def _linear(name: str, rows: int, features: int, vocab: int, **options: Any) -> Case:
     return Case(
         name,
         f"linear + cross entropy, {rows} x {features} -> {vocab}",
         lambda: (*normal((rows, features), (features, vocab)), _labels(rows, vocab)),
         lambda x, w, y: optax.softmax_cross_entropy_with_integer_labels(x @ w, y).mean(),
-        lambda x, w, y: linear_cross_entropy(x, w, y, block_size=block_size),
+        lambda x, w, y: linear_cross_entropy(x, w, y),
         flops=6.0 * rows * features * vocab,
         peers=(
             ("torch", lambda torch, x, w, y: torch.nn.functional.cross_entropy(x @ w, y.long())),
@@ -45,7 +45,7 @@ def _plain_jsd(x: Any, kernel: Any, teacher_x: Any, teacher_kernel: Any) -> Any:
 
 CASES = (
     _linear("linear_cross_entropy", 4096, 512, 32000),
-    _linear("linear_cross_entropy_128k", 2048, 1024, 128000, block_size=64, rounds=3),
+    _linear("linear_cross_entropy_128k", 2048, 1024, 128000, rounds=3),
     Case(
         "softmax_cross_entropy",
         "cross entropy of logits, 4096 x 32000",
