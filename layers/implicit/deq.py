@@ -36,9 +36,12 @@ class _Options:
 class DEQ(nnx.Module):
     """The fixed point of `layer(z, x)` in z, trained by the gradient of that.
 
-    The convergence of each call is sown as an `nnx.Intermediate` named "convergence" (collect it by `nnx.capture`), and returned with
-    `return_convergence=True`. Inside the layer dropout has one mask for all steps of a call, and another one for the next call; running
-    statistics are not updated.
+    A solve that did not converge is silent: it gives the last z, and as gradient the formula there. It becomes visible by
+    `return_convergence=True`, by `nnx.capture` (the convergence of each call is sown as an `nnx.Intermediate` named "convergence") and by
+    `throw=True`, which raises. In training, return `convergence.converged` with the loss.
+
+    Whatever the layer draws from its random streams, a dropout's mask for one, is the same for all steps of a call, and other for the next
+    call; running statistics are not updated.
 
     Args:
         layer: an nnx module, or a function, `(z, x) -> z`.
@@ -70,17 +73,24 @@ class DEQ(nnx.Module):
         """
         z0 = jax.tree.map(jnp.zeros_like, x) if z0 is None else z0
         options = {key: getattr(self.options, key) for key in self.options.__dataclass_fields__}
-        z, convergence = fixed_point(lambda z, layer, x: layer(z, x), z0, self.layer, x, **options)
+        drawn: set[int] = set()
+
+        def f(z: Any, layer: Any, x: Any) -> Any:
+            streams = _streams(layer)
+            before = [m.count.get_value() for m in streams]
+            out = layer(z, x)
+            drawn.update(i for i, (m, count) in enumerate(zip(streams, before, strict=True)) if m.count.get_value() is not count)
+            return out
+
+        z, convergence = fixed_point(f, z0, self.layer, x, **options)
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "convergence", convergence)
-        _next_noise(self.layer)
+        for stream in {id(m): m for i, m in enumerate(_streams(self.layer)) if i in drawn}.values():
+            stream()  # the layer drew in a copy: move on, so that the next call has other noise
         return (z, convergence) if return_convergence else z
 
 
-def _next_noise(layer: Any) -> None:
-    """Moves on every random stream that a dropout of the layer draws from, so that the next call has another mask."""
-    if not isinstance(layer, nnx.Module):
-        return
-    for _, m in nnx.iter_graph(layer):
-        if isinstance(m, nnx.Dropout) and m.rngs is not None and m.rate > 0 and not m.deterministic:
-            m.rngs()
+def _streams(layer: Any) -> list[nnx.RngStream]:
+    """The random streams of a layer, in the order of its leaves, which is that of a copy too; one that has two places comes twice."""
+    is_stream = lambda m: isinstance(m, nnx.RngStream)
+    return [m for m in jax.tree.leaves(layer, is_leaf=is_stream) if is_stream(m)]

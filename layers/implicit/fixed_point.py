@@ -54,22 +54,24 @@ def fixed_point(
 ) -> tuple[Any, Convergence]:
     """Solves x = f(x, *args) for x, differentiable in `args` and in all that `f` closes over, in memory that does not grow with the steps.
 
-    The gradient is that of the solution, by the implicit function theorem, whatever the solver; that of `x0` is 0. It is exact to
-    `backward_tol`, or else NaN, so that a linear solve that failed is never taken for a gradient. "neumann" and "one_step" are inexact on
-    purpose: they give a few terms of a series, unchecked.
+    The gradient is that of the solution, by the implicit function theorem, whatever the solver; that of `x0` is 0. Its linear system is solved
+    to `backward_tol`, or else it is NaN. "neumann" and "one_step" are inexact on purpose: they give a few terms of a series, unchecked. Where
+    the solve for x itself did not converge the gradient is the formula at the last x, and means little: look at `converged`.
 
     Args:
         f: a JAX function, an nnx module or a method of one; it may close over traced arrays and modules. It must be the same function at each
-            call: the noise of a dropout is that of one draw, and updates of running statistics are lost.
+            call: the noise of a dropout is that of one draw, and updates of running statistics are lost. A module that f closes over must
+            not change its state when called, as one with dropout does: give such a module in `args`, or as f itself.
         x0: where the solver starts: arrays or a pytree of arrays, of the shapes that f returns. Cast to the dtype that f returns.
         *args: further arguments of f: pytrees of arrays, nnx modules, any other objects.
         solver: "anderson", "broyden", "iteration" (x ← f(x)), "newton" (with GMRES), one of `Anderson(memory, mixing)`, `Broyden(memory)`,
             `Iteration()`, `Newton()`, or a solver object of optimistix.
-        tol: the solver stops where rms(f(x) - x) ≤ tol (1 + rms(x)). By default eps^(3/4) of the dtype of x: 6e-6 for float32.
+        tol: the solver stops where rms(f(x) - x) ≤ tol (1 + rms(x)). By default eps^(3/4) of the dtype of x, 6e-6 for float32; in half precision
+            2 eps, 0.002 for float16 and 0.016 for bfloat16.
         max_steps: the most steps of the solver.
         backward: how the linear system of the gradient is solved: "gmres", "anderson", "broyden", "iteration", "cg" (where 1 - f_x is symmetric
             and positive), "neumann", "one_step", one of the classes of these names, or a solver object of lineax.
-        backward_tol: the residual of that, relative to its right-hand side. By default eps^(2/3): 2e-5 for float32.
+        backward_tol: the residual of that, relative to its right-hand side. By default eps^(2/3): 2e-5 for float32, 0.04 for bfloat16.
         backward_steps: the most products of the Jacobian with a vector, by default 200; for "neumann" how many there are, by default 5.
         throw: raises where the solve, or the linear solve of its derivative, did not converge.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ def checked(name: str, **options: Any) -> None:
             continue
         if key.endswith("tol") and not value >= 0:
             raise ValueError(f"{name}: {key} is {value}, but must not be negative")
-        if key.endswith("steps") and (not isinstance(value, int) or value < 1):
+        if key.endswith("steps") and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1):
             raise ValueError(f"{name}: {key} is {value!r}, but must be a whole number of at least 1")
 
 

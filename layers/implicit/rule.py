@@ -42,7 +42,8 @@ class Convergence(NamedTuple):
     """How a solve ended.
 
     Attributes:
-        residual: the root mean square of F(x) divided by 1 plus that of x; what `tol` bounds.
+        residual: the root mean square of F(x) divided by 1 plus that of x; what `tol` bounds. Both are taken over all entries of x, the whole
+            batch: one bad sample can hide among many good ones. `jax.vmap` over the samples solves and measures each for itself.
         iterations: the steps that the solver took.
         converged: whether the residual is within `tol`.
     """
@@ -62,7 +63,7 @@ class Equation:
         fixed: whether F = f - x, a fixed point; else F = -f, a root.
         solver: has `solve(system, x) -> Solved`.
         linear: solves the linear systems of the derivative.
-        tol: of the solver; None for eps^(3/4) of the dtype of x.
+        tol: of the solver; None for `default_tolerance` of the dtype of x.
         max_steps: the most steps of the solver.
         throw: whether a solve that did not converge raises.
         objective: `(x, theta) -> scalar` whose gradient is f, where there is one.

@@ -22,7 +22,7 @@ from layers.implicit.vectors import Map, Vector
 
 
 class Solved(NamedTuple):
-    """What a solver returns: where it stopped, how far off that is, and after how many evaluations of F."""
+    """What a solver returns: where it stopped, how far off that x is, and after how many evaluations of F."""
 
     x: Vector
     residual: jax.Array
@@ -53,13 +53,14 @@ class System:
 
 @dataclass(frozen=True)
 class Iteration:
-    """x ← x + F(x): for a fixed point, f again and again. Holds two vectors."""
+    """x ← x + F(x): for a fixed point, f again and again. Holds two vectors. It stops at the x that it measured, not one step on."""
 
     def solve(self, system: System, x: Vector) -> Solved:
         def body(carry: Any) -> Any:
             x, _, steps = carry
             r = system.residual(x)
-            return v.plus(x, r), system.measure(x, r), steps + 1
+            residual, steps = system.measure(x, r), steps + 1
+            return v.choose(system.goes_on(residual, steps), v.plus(x, r), x), residual, steps
 
         return Solved(*v.while_loop(lambda c: system.goes_on(*c[1:]), body, (x, *_nothing_yet(x))))
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.core import eval_jaxpr
 from jax.extend.core import Literal
@@ -46,6 +47,7 @@ def trace_map(name: str, fn: Callable[..., Any], x0: Any, args: tuple[Any, ...])
         TypeError: where `x0` is not of floating-point or complex arrays.
         ValueError: where what `fn` returns has another structure or other shapes.
     """
+    fn, args = _module_in_arguments(fn, args)
     x, structure = _starting_point(name, x0)
     arrays: list[Any] = []
     template = take_apart(name, "an argument", args, arrays)
@@ -72,6 +74,7 @@ def trace_scalar(name: str, fn: Callable[..., Any], x0: Any, args: tuple[Any, ..
         TypeError: where `x0` is not of floating-point or complex arrays.
         ValueError: where what `fn` returns is not a real scalar.
     """
+    fn, args = _module_in_arguments(fn, args)
     x, structure = _starting_point(name, x0)
     arrays: list[Any] = []
     template = take_apart(name, "an argument", args, arrays)
@@ -84,6 +87,17 @@ def trace_scalar(name: str, fn: Callable[..., Any], x0: Any, args: tuple[Any, ..
 
     program = jax.make_jaxpr(flat)(x, arrays)
     return Traced(_runner(program, len(arrays)), x, [*arrays, *map(_array, program.consts)], structure)
+
+
+def _module_in_arguments(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A module, or a method of one, as a function that takes the module as an argument: it is then a copy that may change its state."""
+    owner = getattr(fn, "__self__", fn)
+    if not isinstance(owner, nnx.Module) or jax.tree_util.all_leaves([owner]):
+        return fn, args
+    if owner is fn:
+        return (lambda x, module, *rest: module(x, *rest)), (owner, *args)
+    method: Any = fn
+    return (lambda x, module, *rest: method.__func__(module, x, *rest)), (owner, *args)
 
 
 def _runner(program: Any, count: int) -> Callable[[Any, Any], list[Any]]:

@@ -71,13 +71,13 @@ def take(stack: Vector, i: Any) -> Vector:
 
 def dots(stack: Vector, a: Vector) -> jax.Array:
     """The inner product of each vector of a stack with `a`."""
-    products = (jnp.sum(jnp.real(jnp.conj(s) * x), tuple(range(1, s.ndim))) for s, x in zip(stack, a, strict=True))
+    products = (jnp.real(jnp.tensordot(jnp.conj(s), x, x.ndim, precision=lax.Precision.HIGHEST)) for s, x in zip(stack, a, strict=True))
     return sum(products, jnp.zeros((), real_dtype(a)))
 
 
 def combine(weights: jax.Array, stack: Vector) -> Vector:
     """The sum of the vectors of a stack, weighted."""
-    return [jnp.sum(weights.reshape(-1, *[1] * (s.ndim - 1)).astype(s.dtype) * s, 0) for s in stack]
+    return [jnp.tensordot(weights.astype(s.dtype), s, 1, precision=lax.Precision.HIGHEST) for s in stack]
 
 
 def while_loop(go_on: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any) -> Any:

@@ -108,6 +108,42 @@ def test_dropout_has_one_mask_in_a_call_and_another_in_the_next():
     assert abs(first - second).max() > 1e-4
 
 
+class Attention(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, dropout_rate=0.5, rngs=rngs)
+
+    def __call__(self, z, x):
+        return x + 0.1 * self.attention(z, deterministic=False)
+
+
+class Drawing(nnx.Module):
+    """Draws from a stream that it holds in two places, and from no other."""
+
+    def __init__(self, rngs):
+        self.rngs, self.again, self.unused = rngs, rngs, nnx.Rngs(1)
+
+    def __call__(self, z, x):
+        return 0.5 * jnp.tanh(z) + x + self.again.normal(z.shape)
+
+
+@pytest.mark.parametrize("layer", [Attention, Drawing])
+def test_any_random_layer_has_other_noise_in_the_next_call(layer):
+    deq, x = DEQ(layer(nnx.Rngs(0))), jax.random.normal(jax.random.key(0), (2, 3, 4))
+    run = nnx.jit(lambda deq, x: deq(x, return_convergence=True))
+    (first, convergence), (second, _) = run(deq, x), run(deq, x)
+    assert convergence.converged and abs(first - second).max() > 1e-4
+
+
+def test_only_streams_that_the_layer_drew_from_move_on():
+    layer = Drawing(nnx.Rngs(0))
+    DEQ(layer)(jnp.ones((2, 3)))
+    assert layer.rngs.default.count[...] == 1 and layer.unused.default.count[...] == 0
+    cell = Cell(4, 4, rngs=nnx.Rngs(0), rate=0.5)
+    cell.eval()
+    DEQ(cell)(jnp.ones((3, 4)))
+    assert cell.dropout.rngs.count[...] == 0
+
+
 def test_convergence_is_captured():
     deq = DEQ(Cell(4, 4, rngs=nnx.Rngs(0)))
     _, found = nnx.capture(nnx.Intermediate)(lambda deq, x: deq(x))(deq, jnp.ones((3, 4)))

@@ -10,8 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from layers.implicit import CG, GMRES, Anderson, Broyden, ConvergenceError, Iteration, Neumann, OneStep
+from layers.implicit import CG, GMRES, Anderson, Broyden, ConvergenceError, Iteration, Neumann, OneStep, vectors
 from layers.implicit.fixed_point import fixed_point
+from layers.implicit.linear import default_tolerance
 from layers.tools.cases.implicit import CASES
 from tests.support import assert_trees_close, saved_bytes, temp_bytes
 
@@ -175,6 +176,31 @@ def test_modules_get_their_gradients(solve):
         np.testing.assert_allclose(got["linear"]["kernel"][...], want, rtol=1e-10, atol=1e-11)
 
 
+class Noisy(nnx.Module):
+    def __init__(self):
+        self.scale = nnx.Param(jnp.float32(0.2))
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def __call__(self, z, u):
+        return self.dropout(self.scale * jnp.tanh(z)) + u
+
+    def step(self, z, u):
+        return self(z, u)
+
+
+@pytest.mark.parametrize("method", [False, True], ids=["module", "method"])
+def test_module_that_changes_its_state_may_be_f(method):
+    module, u = Noisy(), jnp.arange(8.0)
+
+    def value(module):
+        z, convergence = fixed_point(module.step if method else module, jnp.zeros(8), u)
+        return z.sum(), (z, convergence.converged)
+
+    grads, (z, converged) = nnx.grad(value, has_aux=True)(module)
+    assert converged and 0 < (jnp.abs(z - u) < 1e-6).sum() < 8
+    assert jnp.isfinite(grads["scale"][...]) and grads["scale"][...] != 0
+
+
 def test_integers_and_keys_that_a_loop_traces_are_closed_over_without_a_leak():
     def total(w, u):
         def body(total, i):
@@ -255,6 +281,37 @@ def test_solve_that_did_not_converge_is_flagged():
     assert np.isfinite(z).all()
 
 
+@pytest.mark.parametrize("max_steps", [2, 100])
+@pytest.mark.parametrize("solver", ["anderson", "broyden", "iteration", "newton"])
+def test_residual_is_that_of_the_returned_x(solver, max_steps):
+    with jax.enable_x64(True):
+        w, u = arguments()
+        z, convergence = solved(w, u, solver=solver, max_steps=max_steps, tol=1e-3)
+        measure = vectors.rms([f(z, w, u) - z]) / (1 + vectors.rms([z]))
+        np.testing.assert_allclose(convergence.residual, measure, rtol=1e-6)
+
+
+def test_gradient_of_a_solve_that_did_not_converge_is_the_formula_at_the_last_x():
+    with jax.enable_x64(True):
+        g = lambda z, a: jnp.tanh(a * z + 1)
+        solve = lambda a: fixed_point(g, jnp.float64(0.0), a, solver="iteration", max_steps=2, tol=1e-12)
+        slope, (z, convergence) = jax.grad(lambda a: (solve(a)[0], solve(a)), has_aux=True)(jnp.float64(0.9))
+        dz, da = jax.grad(g, (0, 1))(z, jnp.float64(0.9))
+        assert not convergence.converged
+        np.testing.assert_allclose(slope, da / (1 - dz), rtol=1e-9)
+
+
+def test_slow_divergence_in_bfloat16_does_not_converge():
+    run = lambda z: fixed_point(lambda z: jnp.bfloat16(1.02) * z, z, solver="iteration", max_steps=20)
+    assert not run(jnp.full(4, 100, jnp.bfloat16))[1].converged
+
+
+def test_default_tolerances():
+    dtypes = [jnp.float64, jnp.float32, jnp.float16, jnp.bfloat16]
+    np.testing.assert_allclose([default_tolerance([d]) for d in dtypes], [1.82e-12, 6.42e-6, 0.00195, 0.0156], rtol=5e-3)
+    assert default_tolerance([jnp.float64, jnp.bfloat16]) == default_tolerance([jnp.bfloat16])
+
+
 def test_solve_that_meets_nan_stops_and_is_flagged():
     _, convergence = fixed_point(lambda z: z * jnp.nan, jnp.ones(3), max_steps=50)
     assert not convergence.converged and convergence.iterations == 1
@@ -328,6 +385,23 @@ def test_error_is_not_above_that_of_the_unrolled_loop(dtype, tol):
         assert error(ours) <= 1.1 * error(theirs)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+def test_products_with_a_stack_are_those_with_each_vector(dtype):
+    stack = [draw(0, 3, 4, 5, dtype=dtype), draw(1, 3, dtype=dtype)]
+    a, weights = [draw(2, 4, 5, dtype=dtype), draw(3, dtype=dtype)], draw(4, 3, dtype=jnp.float32)
+    each = [vectors.take(stack, i) for i in range(3)]
+    np.testing.assert_allclose(vectors.dots(stack, a), [vectors.dot(one, a) for one in each], rtol=1e-5, atol=1e-5)
+    want = [sum(w * x for w, x in zip(weights, xs, strict=True)) for xs in zip(*each, strict=True)]
+    assert_trees_close(vectors.combine(weights, stack), want, rtol=1e-5, atol=1e-5)
+    assert vectors.dots(stack, a).dtype == jnp.float32 and [x.dtype for x in vectors.combine(weights, stack)] == [dtype] * 2
+
+
+def test_steps_may_be_numpy_integers():
+    options = {"max_steps": np.int64(30), "backward_steps": np.int64(30)}
+    for backward in ("gmres", "cg", "iteration", "anderson", "neumann"):
+        assert jnp.isfinite(jax.grad(lambda a, b=backward: fixed_point(lambda z: a * z + 1, 0.0, backward=b, **options)[0])(0.5))
+
+
 def test_start_is_cast_to_the_dtype_of_f():
     w, u = arguments(jnp.float32)
     z, convergence = fixed_point(f, jnp.zeros((3, 5), jnp.bfloat16), w, u)
@@ -387,8 +461,9 @@ def test_solvers_of_optimistix_and_lineax_are_taken():
         (lambda: fixed_point(lambda z: z, jnp.ones(3), backward=3), TypeError, "backward is a int, but must be a name"),
         (lambda: fixed_point(lambda z: z, jnp.ones(3), tol=-1.0), ValueError, "tol is -1.0, but must not be negative"),
         (lambda: fixed_point(lambda z: z, jnp.ones(3), max_steps=0), ValueError, "max_steps is 0, but must be a whole number"),
+        (lambda: fixed_point(lambda z: z, jnp.ones(3), max_steps=True), ValueError, "max_steps is True, but must be a whole number"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_bad_input_is_explained(call, error, message):
     with pytest.raises(error, match=f"fixed_point: .*{message}"):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from layers.implicit import LBFGS, Broyden, ConvergenceError, NewtonCG
 from layers.implicit.argmin import argmin
@@ -124,6 +125,38 @@ def test_argmin_and_root_of_optimistix_are_taken():
         z, convergence = root(cubic, jnp.ones(3), 1.0, 2.0, solver=optx.Dogleg(rtol=1e-10, atol=1e-10))
         assert convergence.converged
         np.testing.assert_allclose(z, 1.0, rtol=1e-8)
+
+
+class Noisy(nnx.Module):
+    def __init__(self):
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def residual(self, x, b):
+        return x + 0.1 * self.dropout(jnp.sin(x)) - b
+
+    def __call__(self, x, b):
+        return jnp.sum(x**2 / 2 - b * x - 0.1 * self.dropout(jnp.cos(x)))
+
+
+@pytest.mark.parametrize("solve", [lambda b: root(Noisy().residual, b, b), lambda b: argmin(Noisy(), b, b)], ids=["root", "argmin"])
+def test_module_that_changes_its_state_may_be_f(solve):
+    b = jnp.linspace(0.5, 1.5, 8)
+    (_, (x, convergence)), db = jax.value_and_grad(lambda b: (solve(b)[0].sum(), solve(b)), has_aux=True)(b)
+    assert convergence.converged and jnp.isfinite(db).all() and 0 < (jnp.abs(x - b) < 1e-4).sum() < 8
+
+
+@pytest.mark.parametrize("max_steps", [2, 100])
+@pytest.mark.parametrize("solver", ["newton", "broyden", "anderson", "iteration", NewtonCG(), LBFGS()], ids=str)
+def test_residual_is_that_of_the_returned_x(solver, max_steps):
+    least = isinstance(solver, (NewtonCG, LBFGS))
+    if isinstance(solver, LBFGS):
+        pytest.importorskip("optax")
+    with jax.enable_x64(True):
+        f = lambda x: jnp.sum(x**2 / 2 + jnp.cos(x) / 3 - x)
+        solve = partial(argmin, f) if least else partial(root, jax.grad(f))
+        x, convergence = solve(jnp.linspace(-1, 1, 5), solver=solver, max_steps=max_steps, tol=1e-3)
+        rms = lambda a: jnp.sqrt(jnp.mean(a**2))
+        np.testing.assert_allclose(convergence.residual, rms(jax.grad(f)(x)) / (1 + rms(x)), rtol=1e-6)
 
 
 def test_throw_raises():
