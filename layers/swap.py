@@ -54,7 +54,7 @@ class SwapReport:
 
     Attributes:
         model: the root of the model; another object than was given only where the root is itself such a layer.
-        rows: one entry for each layer of Flax in the model.
+        rows: one entry for each layer of Flax in the model, and for each of a subclass of one that has a twin.
     """
 
     model: Any
@@ -79,6 +79,9 @@ class SwapReport:
 def swap(model: Any, *, only: Choice = None, skip: Choice = None) -> SwapReport:
     """Replaces every Flax layer of `model` that has a twin here, in place; parameters, rngs and dtypes are shared, not copied.
 
+    Values stay, but for the masks of dropout: those of `Dropout` are not Flax's for the same key unless `generator = "threefry"` is set on
+    the layer.
+
     Args:
         model: an nnx module.
         only: classes of Flax layers, or `(path, layer) -> bool`: nothing else is replaced.
@@ -88,13 +91,25 @@ def swap(model: Any, *, only: Choice = None, skip: Choice = None) -> SwapReport:
         A report of what was swapped and what was left and why; its `.model` is the root.
 
     Raises:
-        TypeError: where `model` is no nnx module.
+        TypeError: where `model` is no nnx module, or `only` or `skip` is neither classes nor a function.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"swap: model is a {type(model).__name__}, but must be an nnx module (for Linen, use the classes of layers.linen)")
-    report = SwapReport(model)
-    report.model = _replace(model, "", _Chooser(only, skip), report.rows, {})
+    report, chooser = SwapReport(model), _Chooser(_read("only", only), _read("skip", skip))
+    report.model = _replace(model, "", chooser, report.rows, {})
     return report
+
+
+def _read(name: str, choice: Any) -> Any:
+    """A function, None, or classes as a tuple: what gives them one by one is used up by reading it."""
+    if choice is None or (callable(choice) and not isinstance(choice, (type, nnx.Module))):
+        return choice
+    classes = tuple(choice) if isinstance(choice, Iterable) and not isinstance(choice, type) else (choice,)
+    for x in classes:
+        if not isinstance(x, type):
+            what = f"a layer, {type(x).__name__}" if isinstance(x, nnx.Module) else repr(x)
+            raise TypeError(f"swap: {name} holds {what}, but must be classes of layers, or a function of (path, layer) -> bool")
+    return classes
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,8 @@ class _Chooser:
     skip: Choice
 
     def reason_to_leave(self, path: str, layer: nnx.Module) -> str:
+        if base := _base_of_subclass(layer):
+            return f"a subclass of {base.__name__} may compute something else"
         if type(layer) not in TWINS:
             return f"no twin for {type(layer).__name__}"
         if self.only is not None and not _matches(self.only, path, layer):
@@ -113,9 +130,14 @@ class _Chooser:
 
 
 def _matches(choice: Any, path: str, layer: nnx.Module) -> bool:
-    if callable(choice) and not isinstance(choice, type):
-        return bool(choice(path, layer))
-    return isinstance(layer, tuple(choice) if isinstance(choice, Iterable) else choice)
+    return isinstance(layer, choice) if isinstance(choice, tuple) else bool(choice(path, layer))
+
+
+def _base_of_subclass(layer: nnx.Module) -> type[nnx.Module] | None:
+    """The layer of Flax with a twin that a user's class derives from; None for Flax's own classes and those of this library."""
+    if type(layer).__module__.startswith(("flax.", "layers.")) or isinstance(layer, tuple(TWINS.values())):
+        return None
+    return next((c for c in type(layer).__mro__ if c in TWINS), None)
 
 
 def _replace(value: Any, path: str, chooser: _Chooser, rows: list[Swapped], seen: dict[int, Any]) -> Any:
@@ -147,7 +169,7 @@ def _replace_module(module: nnx.Module, path: str, chooser: _Chooser, rows: list
         twin = TWINS[type(module)]
         rows.append(Swapped(path, type(module).__name__, f"layers.{twin.__name__}"))
         seen[id(module)] = make_twin(module)
-    elif type(module).__module__.startswith("flax."):
+    elif type(module).__module__.startswith("flax.") or _base_of_subclass(module):
         rows.append(Swapped(path, type(module).__name__, left_because=reason))
     new = seen[id(module)]
     for name, x in list(vars(new).items()):

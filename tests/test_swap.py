@@ -95,8 +95,33 @@ def test_a_subclass_of_a_flax_layer_is_left():
         pass
 
     model = nnx.Sequential(Mine(3, 4, rngs=nnx.Rngs(0)))
-    layers.swap(model)
+    report = layers.swap(model)
     assert type(model.layers[0]) is Mine
+    assert [(r.path, r.layer, r.left_because) for r in report.left if "layers" in r.path] == [
+        ("layers.0", "Mine", "a subclass of Linear may compute something else")
+    ]
+
+
+def test_what_is_swapped_already_is_not_reported_again():
+    model = layers.swap(deterministic()).model
+    assert not any("subclass" in r.left_because for r in layers.swap(model).rows)
+
+
+def test_classes_from_a_generator_are_all_read():
+    model = deterministic()
+    layers.swap(model, only=(c for c in (nnx.LayerNorm, nnx.Linear)))
+    assert type(model.norms[0]) is layers.LayerNorm
+    assert type(model.mlp.layers[2]) is layers.Linear
+    assert type(model.embed) is nnx.Embed
+
+
+@pytest.mark.parametrize(("skip", "held"), [("head", "'h'"), (["head"], "'head'"), ([nnx.Linear, 3], "3"), (3, "3"), (None, "")], ids=str)
+def test_choice_that_is_no_class_and_no_function_is_an_error_before_anything_is_changed(skip, held):
+    model = deterministic()
+    skip = model.embed if held == "" else skip
+    with pytest.raises(TypeError, match=f"swap: skip holds {held or 'a layer, Embed'}, but must be classes of layers"):
+        layers.swap(model, skip=skip)
+    assert type(model.embed) is nnx.Embed
 
 
 def test_trains_on_with_the_same_losses():
@@ -117,3 +142,24 @@ def test_trains_on_with_the_same_losses():
 def test_what_is_no_module_is_an_error():
     with pytest.raises(TypeError, match="swap: model is a dict"):
         layers.swap({"a": jax.numpy.ones(3)})
+
+
+@pytest.mark.parametrize("cell", [nnx.OptimizedLSTMCell, nnx.LSTMCell, nnx.GRUCell], ids=lambda c: c.__name__)
+def test_recurrent_layer_keeps_its_cell_and_its_gradients(cell):
+    rnn = nnx.RNN(cell(4, 6, rngs=nnx.Rngs(0)), rngs=False)
+    x, start = jnp.sin(jnp.arange(40.0)).reshape(2, 5, 4), jnp.zeros((2, 6))
+    carry = start if cell is nnx.GRUCell else (start, start)
+    loss = lambda m: jnp.sum(jnp.cos(m(x, initial_carry=carry)))
+    expected = nnx.to_pure_dict(nnx.grad(loss)(rnn))
+    inner = rnn.cell
+    report = layers.swap(rnn, only=nnx.RNN)
+    assert type(report.model) is layers.RNN and report.model.cell is inner
+    assert_trees_close(nnx.to_pure_dict(nnx.grad(loss)(report.model)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_recurrent_layer_with_a_cell_of_its_own_is_left_with_the_reason():
+    class Cell(nnx.LSTMCell):
+        pass
+
+    report = layers.swap(nnx.RNN(Cell(4, 6, rngs=nnx.Rngs(0)), rngs=False))
+    assert "its cell is a Cell" in next(r.left_because for r in report.left if r.layer == "RNN")

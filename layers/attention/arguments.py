@@ -6,6 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from layers.core.keys import as_key
 
 
 def check_query_key_value(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -25,11 +28,19 @@ def check_query_key_value(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
 
 
 def bounds_of(is_causal: bool, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
-    left, right = (None, None) if window is None else (window, window) if isinstance(window, int) else window
+    left, right = (window, window) if window is None or isinstance(window, (int, np.integer)) else window
+    if any(n is not None and n < 0 for n in (left, right)):
+        raise ValueError(f"dot_product_attention: local_window_size is {window}, but the steps to the left and right must not be negative")
     low = None if right is None else -int(right)
     if is_causal:
         low = 0 if low is None else max(0, low)
     return low, None if left is None else int(left)
+
+
+def cap_of(cap: float | None) -> float | None:
+    if cap is not None and not cap > 0:
+        raise ValueError(f"dot_product_attention: logit_soft_cap is {cap}, but must be above 0; None for no cap")
+    return None if cap is None else float(cap)
 
 
 def plane_of(name: str, x: Any, full: tuple[int, ...]) -> jax.Array | None:
@@ -58,12 +69,14 @@ def lengths_of(name: str, x: Any, batch: int) -> jax.Array | None:
 def segments_of(ids: Any, q: jax.Array, k: jax.Array) -> tuple[Any, Any]:
     if ids is None:
         return None, None
-    pair = [jnp.asarray(x) for x in (ids if isinstance(ids, (tuple, list)) and len(ids) == 2 else (ids, ids))]
+    pair = [jnp.asarray(x) for x in (ids if isinstance(ids, tuple) and len(ids) == 2 else (ids, ids))]
     pair = [x[None] if x.ndim == 1 else x for x in pair]
     for x, like in zip(pair, (q, k), strict=True):
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise TypeError(f"dot_product_attention: segment_ids are of dtype {x.dtype}, but must be integers: cast them")
         if x.shape not in (like.shape[:2], (1, like.shape[1])):
             raise ValueError(
-                f"dot_product_attention: segment_ids of shape {x.shape} do not fit (batch, time) = {like.shape[:2]}; give a pair (query, key)"
+                f"dot_product_attention: segment_ids of shape {x.shape} do not fit (batch, time) = {like.shape[:2]}; give a tuple (query, key)"
             )
     return pair[0], pair[1]
 
@@ -81,8 +94,7 @@ def words_of(rate: float, key: Any) -> jax.Array | None:
         return None
     if key is None:
         raise ValueError("dot_product_attention: dropout_rate is above 0, so give dropout_key, a key of jax.random")
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return (jax.random.key_data(key) if typed else jnp.asarray(key)).astype(jnp.uint32).reshape(-1)
+    return jax.random.key_data(as_key("dot_product_attention: dropout_key", key)).astype(jnp.uint32).reshape(-1)
 
 
 def refuse_for_cudnn(**options: Any) -> None:

@@ -198,8 +198,8 @@ def dot_product_attention(
         local_window_size: (left, right), or one number for both: query t attends to keys t - left ... t + right.
         implementation: "xla" or None for this one; "cudnn" hands on to JAX's, on NVIDIA GPUs.
         return_residual: another name of `return_logsumexp`, as in `jax.nn`.
-        logit_soft_cap: scaled products s become cap tanh(s / cap), before `bias` is added.
-        segment_ids: integers (batch, time) of packed sequences, or a pair for queries and keys: attention stays within equal ones.
+        logit_soft_cap: scaled products s become cap tanh(s / cap), before `bias` is added; above 0.
+        segment_ids: integers (batch, time) of packed sequences, or a tuple of those of queries and of keys: attention stays within equal ones.
         sinks: one more score for each head, of a key without a value.
         dropout_rate: the probability that a weight is set to zero, in [0, 1); the others are divided by 1 - dropout_rate.
         dropout_key: a key of `jax.random`. The weights dropped are a hash of it and their place, computed again in backward.
@@ -211,8 +211,8 @@ def dot_product_attention(
         where a query attends to nothing, through which gradients go.
 
     Raises:
-        ValueError: for shapes that do not fit, an unknown implementation, options that cuDNN does not have.
-        TypeError: where arrays are of the wrong dtype.
+        ValueError: for shapes that do not fit, an unknown implementation, options that cuDNN does not have, numbers out of their range, several keys.
+        TypeError: where arrays are of the wrong dtype, or `dropout_key` is no key.
     """
     return_logsumexp = return_logsumexp or return_residual
     if implementation == "cudnn":
@@ -253,9 +253,7 @@ def dot_product_attention(
         key_segments=key_segments,
         words=arguments.words_of(dropout_rate, dropout_key),
     )
-    options = Options(
-        float(scale or 0.0), None if logit_soft_cap is None else float(logit_soft_cap), low, high, float(dropout_rate), broadcast_dropout
-    )
+    options = Options(float(scale or 0.0), arguments.cap_of(logit_soft_cap), low, high, float(dropout_rate), broadcast_dropout)
     out, lse = DotProductAttentionFunction.apply(q, k, v, arguments.plane_of("bias", bias, full), arguments.sinks_of(sinks, full[1]), hidden, options)
     out, lse = (out, lse) if batched else (out[0], lse[0])
     return (out, lse) if return_logsumexp else out

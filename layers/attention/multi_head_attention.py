@@ -24,6 +24,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
 
     Dropped weights are a hash of the key and their place: as many as Flax's, but not the same ones. A query whose mask hides every key
     gives zeros. An `attention_fn` other than Flax's own is called as it is.
+    With both a `precision` and a `dropout_rate`, attention is Flax's own, which honours the precision there only.
     """
 
     def __getattribute__(self, name: str) -> Any:
@@ -49,7 +50,7 @@ def attend(
     **others: Any,
 ) -> jax.Array:
     """`flax.nnx.dot_product_attention` by `layers.dot_product_attention`: an `attention_fn` for Flax's modules."""
-    if module is not None:
+    if module is not None or (precision is not None and dropout_rate > 0):
         return nnx.dot_product_attention(
             query,
             key,

@@ -57,9 +57,10 @@ class Residual:
 class Residuals:
     """The audit of one function; prints as a table, shows as HTML in a notebook."""
 
-    def __init__(self, rows: Sequence[Residual], title: str):
+    def __init__(self, rows: Sequence[Residual], title: str, again: Callable[[Callable[..., Any]], Residuals]):
         self.rows = sorted(rows, key=lambda r: -r.bytes)
         self.title = title
+        self._again = again
 
     @property
     def extra(self) -> int:
@@ -80,16 +81,15 @@ class Residuals:
         return dict(count.most_common())
 
     def compare(self, other: Callable[..., Any] | Residuals, *args: Any) -> Comparison:
-        """Sets this audit beside that of another function of the same arguments (or another audit).
+        """Sets this audit beside another: that of another function, or one already made.
 
-        Raises:
-            TypeError: where `other` is a function and the arguments are not given.
+        Args:
+            other: a function or an nnx module, which takes the place of the one audited here; or an audit.
+            *args: its arguments; without them it gets those of this audit, differentiated by the same ones.
         """
         if isinstance(other, Residuals):
             return Comparison(self, other)
-        if not args:
-            raise TypeError("Residuals.compare: give the arguments of the other function too, compare(other_fn, *args)")
-        return Comparison(self, residuals(other, *args))
+        return Comparison(self, residuals(other, *args) if args else self._again(other))
 
     def __str__(self) -> str:
         return _text(self.title, self._summary(), _HEAD, self._cells())
@@ -164,19 +164,21 @@ def residuals(fn: Callable[..., Any], *args: Any, wrt: int | Sequence[int] | Non
     Args:
         fn: any differentiable JAX function, or an nnx module, whose parameters then count as its first argument.
         *args: its arguments: arrays, pytrees, nnx modules (whose paths name the layers), or `jax.ShapeDtypeStruct`s. Nothing is computed.
-        wrt: the arguments to differentiate by their place; all by default.
+        wrt: the arguments to differentiate by their place, negative ones from the end; all by default.
 
     Returns:
-        The audit: `.rows`, `.extra` and `.total` (bytes), `.by_layer()`, `.compare(other_fn, *args)`, `.plot()`.
+        The audit: `.rows`, `.extra` and `.total` (bytes), `.by_layer()`, `.compare(other_fn)`, `.plot()`.
 
     Raises:
         TypeError: where no argument can be differentiated.
+        ValueError: where `wrt` names an argument that there is not.
     """
     title = getattr(fn, "__name__", type(fn).__name__)
+    given, first = args, int(isinstance(fn, nnx.Module))
     if isinstance(fn, nnx.Module):
         fn, args = (lambda module, *a: module(*a)), (fn, *args)
     leaves, tree = jax.tree.flatten(args)
-    chosen = range(len(args)) if wrt is None else (wrt,) if isinstance(wrt, int) else wrt
+    chosen = _places(wrt, len(args))
     of_argument = [i for i, a in enumerate(args) for _ in jax.tree.leaves(a)]
     moving = [i for i, x in enumerate(leaves) if of_argument[i] in chosen and jnp.issubdtype(jnp.result_type(x), np.inexact)]
     if not moving:
@@ -200,7 +202,21 @@ def residuals(fn: Callable[..., Any], *args: Any, wrt: int | Sequence[int] | Non
     backward = compat.open_jaxpr(jax.make_jaxpr(lambda pull, ct: pull(ct))(vjp, _cotangent(out)))
     used = compat.used_inputs(backward)[: len(kept)]
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(args)]
-    return Residuals(_rows(jaxpr, kept, used, names), title)
+
+    def again(other: Callable[..., Any]) -> Residuals:
+        shift = int(isinstance(other, nnx.Module)) - first
+        return residuals(other, *given, wrt=None if wrt is None else [i + shift for i in chosen if i + shift >= 0])
+
+    return Residuals(_rows(jaxpr, kept, used, names), title, again)
+
+
+def _places(wrt: Any, count: int) -> list[int]:
+    """The places of the arguments to differentiate, counted from the front."""
+    places = list(range(count) if wrt is None else (wrt,) if isinstance(wrt, (int, np.integer)) else wrt)
+    for i in places:
+        if not -count <= i < count:
+            raise ValueError(f"residuals: wrt names argument {i}, but there are {count}: it must lie from {-count} to {count - 1}")
+    return [int(i) % count for i in places]
 
 
 def _cotangent(out: Any) -> Any:

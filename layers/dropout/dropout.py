@@ -32,6 +32,7 @@ from jaxtyping import Array, Float
 
 from layers.core.function import Function
 from layers.core.hashing import ODD, below, mix
+from layers.core.keys import as_key
 from layers.core.recompute import barrier
 
 GENERATORS = ("hash", "threefry")
@@ -72,7 +73,7 @@ def dropout(
 
     Raises:
         ValueError: for a rate outside [0, 1], an axis that `x` does not have, an unknown generator, an array of keys.
-        TypeError: where `x` is not of a floating-point or complex dtype.
+        TypeError: where `x` is not of a floating-point or complex dtype, or `key` is no key.
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -88,7 +89,7 @@ def dropout(
         return x
     if rate == 1:
         return jnp.zeros_like(x)
-    key = _as_key(key)
+    key = as_key("dropout: key", key)
     generator = generator if generator == "hash" else str(jax.random.key_impl(key))
     return DropoutFunction.apply(x, jax.random.key_data(key), float(rate), tuple(sorted(d % x.ndim for d in broadcast_dims)), generator)
 
@@ -179,16 +180,3 @@ def _mixed_key(words: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _masked(x: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
     return jnp.where(mask, x / (1 - rate), jnp.zeros((), x.dtype))
-
-
-def _as_key(key: Any) -> jax.Array:
-    if isinstance(key, int):
-        return jax.random.key(key)
-    key = jnp.asarray(key)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer):
-            return jax.random.key(key)
-        key = jax.random.wrap_key_data(key)
-    if key.ndim:
-        raise ValueError(f"dropout: key has shape {key.shape}, but must be one key: jax.vmap over an array of keys")
-    return key

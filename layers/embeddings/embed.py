@@ -27,6 +27,8 @@ from layers.core.numerics import wide
 class EmbedFunction(Function):
     @staticmethod
     def forward(ctx, indices, embedding, *, dtype=None):
+        if indices.dtype.itemsize < 4:  # the size of the table may not fit the dtype, and negative indices have it added
+            indices = indices.astype(jnp.int32)
         ctx.save_for_backward(indices)
         ctx.shape, ctx.dtype = embedding.shape, wide(embedding.dtype)
         return jnp.take(embedding, indices, axis=0).astype(dtype or embedding.dtype)

@@ -86,6 +86,7 @@ def add_layer_norm(
         TypeError: where `x` or `residual` is not of a floating-point dtype.
     """
     x, residual = jnp.asarray(x), jnp.asarray(residual)
+    scale, bias = (None if p is None else jnp.asarray(p) for p in (scale, bias))
     statistics.check_sum("add_layer_norm", x, residual, scale=scale, bias=bias)
     statistics.check_epsilon("add_layer_norm", epsilon)
     return AddLayerNormFunction.apply(x, residual, scale, bias, epsilon)

@@ -82,6 +82,7 @@ def add_rms_norm(
         TypeError: where `x` or `residual` is not of a floating-point dtype.
     """
     x, residual = jnp.asarray(x), jnp.asarray(residual)
+    scale = None if scale is None else jnp.asarray(scale)
     statistics.check_sum("add_rms_norm", x, residual, scale=scale)
     statistics.check_epsilon("add_rms_norm", epsilon)
     return AddRMSNormFunction.apply(x, residual, scale, epsilon)

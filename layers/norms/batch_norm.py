@@ -93,6 +93,7 @@ def batch_norm(
         TypeError: where `x` is not of a floating-point dtype.
     """
     x = jnp.asarray(x)
+    scale, bias = (None if p is None else jnp.asarray(p) for p in (scale, bias))
     statistics.check_features("batch_norm", x, scale=scale, bias=bias)
     statistics.check_epsilon("batch_norm", epsilon)
     return BatchNormFunction.apply(x, scale, bias, epsilon, over=Over(tuple(range(-x.ndim, -1)), axis_name))

@@ -92,6 +92,7 @@ def group_norm(
         TypeError: where `x` is not of a floating-point dtype.
     """
     x = jnp.asarray(x)
+    scale, bias = (None if p is None else jnp.asarray(p) for p in (scale, bias))
     statistics.check_features("group_norm", x, scale=scale, bias=bias)
     statistics.check_epsilon("group_norm", epsilon)
     if x.ndim < 2:

@@ -85,6 +85,7 @@ def layer_norm(
         TypeError: where `x` is not of a floating-point dtype.
     """
     x = jnp.asarray(x)
+    scale, bias = (None if p is None else jnp.asarray(p) for p in (scale, bias))
     statistics.check_features("layer_norm", x, scale=scale, bias=bias)
     statistics.check_epsilon("layer_norm", epsilon)
     return LayerNormFunction.apply(x, scale, bias, epsilon)

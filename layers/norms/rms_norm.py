@@ -78,6 +78,7 @@ def rms_norm(
         TypeError: where `x` is not of a floating-point dtype.
     """
     x = jnp.asarray(x)
+    scale = None if scale is None else jnp.asarray(scale)
     statistics.check_features("rms_norm", x, scale=scale)
     statistics.check_epsilon("rms_norm", epsilon)
     return RMSNormFunction.apply(x, scale, epsilon)

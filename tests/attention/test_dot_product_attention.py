@@ -355,6 +355,20 @@ def test_batch_is_sharded_by_shard_map() -> None:
     assert_trees_close(sharded, grad(*args), rtol=1e-5, atol=1e-6)
 
 
+def test_segments_in_a_list_are_a_batch_and_no_pair() -> None:
+    q, k, v = arrays(time=4, kv_time=4)
+    ids = [[0, 0, 1, 1], [0, 1, 1, 1]]
+    listed, given = (dot_product_attention(q, k, v, segment_ids=x) for x in (ids, jnp.array(ids)))
+    assert_trees_close(listed, given, rtol=0)
+
+
+@pytest.mark.parametrize("window", [np.int64(2), (np.int32(2), np.int32(2))], ids=["one", "pair"])
+def test_window_may_be_of_numpy_integers(window: Any) -> None:
+    q, k, v = arrays()
+    ours, given = (dot_product_attention(q, k, v, local_window_size=w) for w in (window, 2))
+    assert_trees_close(ours, given, rtol=0)
+
+
 def test_cudnn_is_jax_nn() -> None:
     q = jnp.zeros((1, 8, 2, 8), jnp.bfloat16)
     with pytest.raises(Exception, match=r"(?i)cudnn|cuda|gpu"):
@@ -378,6 +392,14 @@ WRONG = [
     (ValueError, "segment_ids", {"segment_ids": jnp.zeros((BATCH, TIME), int)}),
     (ValueError, "dropout_rate", {"dropout_rate": 1.0}),
     (ValueError, "dropout_key", {"dropout_rate": 0.5}),
+    (ValueError, "dropout_key has shape", {"dropout_rate": 0.5, "dropout_key": jax.random.split(jax.random.key(0), 3)}),
+    (ValueError, "dropout_key has shape", {"dropout_rate": 0.5, "dropout_key": jnp.zeros((3, 2), jnp.uint32)}),
+    (TypeError, "dropout_key is an array float32", {"dropout_rate": 0.5, "dropout_key": jnp.array([0.1, 0.2])}),
+    (TypeError, "segment_ids are of dtype float32", {"segment_ids": (jnp.zeros((BATCH, TIME)), jnp.zeros((BATCH, KV_TIME)))}),
+    (ValueError, "logit_soft_cap is 0", {"logit_soft_cap": 0.0}),
+    (ValueError, "logit_soft_cap is -2", {"logit_soft_cap": -2.0}),
+    (ValueError, "local_window_size is -1", {"local_window_size": -1}),
+    (ValueError, "local_window_size is", {"local_window_size": (2, -1)}),
 ]
 
 

@@ -82,6 +82,14 @@ def test_dropout_acts_only_in_training() -> None:
     assert bool((module(x, deterministic=False) != still).any()) and bool((module(x, deterministic=True) == still).all())
 
 
+def test_precision_with_dropout_is_that_of_flax() -> None:
+    products = []
+    for module in pair(precision=jax.lax.Precision.HIGHEST, dropout_rate=0.5):
+        text = str(jax.make_jaxpr(lambda x, module=module: module(x, deterministic=False, rngs=nnx.Rngs(1)))(jnp.ones((2, 3, 8))))
+        products.append(text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)"))
+    assert products[0] == products[1] > 0
+
+
 def test_another_attention_fn_is_called() -> None:
     _, module = pair(attention_fn=lambda q, *_, **__: jnp.zeros_like(q), use_bias=False)
     assert not module(jnp.ones((1, TIME, FEATURES))).any()

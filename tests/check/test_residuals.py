@@ -135,5 +135,26 @@ def test_compare_gives_the_ratio_of_what_is_extra():
     comparison = residuals(looped, X, W).compare(jax.checkpoint(looped), X, W)
     assert comparison.ratio == 0
     assert "0 of the first" in " ".join(str(comparison).split())
-    with pytest.raises(TypeError, match="arguments"):
-        residuals(looped, X, W).compare(looped)
+
+
+def test_compare_without_arguments_takes_those_of_the_audit():
+    assert residuals(looped, X, W, wrt=1).compare(jax.checkpoint(looped)).second.rows == residuals(jax.checkpoint(looped), X, W, wrt=1).rows
+
+
+def test_compare_puts_another_module_in_the_place_of_the_first():
+    comparison = residuals(Model(nnx.Rngs(0)), X, wrt=-1).compare(Block(nnx.Rngs(0)))
+    assert comparison.second.rows == residuals(Block(nnx.Rngs(0)), X, wrt=1).rows
+
+
+def test_compare_gives_a_function_the_arguments_of_the_module():
+    assert residuals(Model(nnx.Rngs(0)), X, wrt=(0, 1)).compare(jnp.sin).second.extra == X.nbytes
+
+
+@pytest.mark.parametrize("wrt", [2, -3, (0, 5)], ids=str)
+def test_wrt_out_of_range_is_an_error(wrt):
+    with pytest.raises(ValueError, match="it must lie from -2 to 1"):
+        residuals(looped, X, W, wrt=wrt)
+
+
+def test_negative_wrt_counts_from_the_end():
+    assert residuals(looped, X, W, wrt=-1).rows == residuals(looped, X, W, wrt=1).rows

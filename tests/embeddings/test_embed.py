@@ -35,6 +35,15 @@ def test_outside_of_the_table_is_nan_without_gradient_as_with_take(dtype):
     assert_trees_close(ours[1](jnp.ones((3, 5))), theirs[1](jnp.ones((3, 5))), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16])
+def test_narrow_indices_reach_a_vocab_larger_than_their_dtype(dtype):
+    indices = jnp.array([5, 100] if dtype == jnp.uint8 else [-1, 100], dtype)
+    e = table((70_000, 2))
+    ours, theirs = (jax.vjp(lambda e, i=i: layers.embed(i, e), e) for i in (indices, indices.astype(int)))
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    np.testing.assert_array_equal(ours[1](jnp.ones((2, 2)))[0], theirs[1](jnp.ones((2, 2)))[0])
+
+
 def test_below_minus_vocab_is_nan_without_gradient():
     y, pull = jax.vjp(lambda e: layers.embed(jnp.array([-8]), e), table())
     assert jnp.isnan(y).all()

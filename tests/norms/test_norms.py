@@ -282,6 +282,14 @@ def test_empty_batch_has_zero_gradient_of_the_scale(name, shape):
     np.testing.assert_array_equal(dscale, jnp.zeros(6))
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "group_norm", "batch_norm", "add_rms_norm", "add_layer_norm"])
+def test_parameters_may_be_lists(name):
+    inputs = [jnp.arange(12.0).reshape(3, 4)] * (2 if name.startswith("add") else 1)
+    parameters = [[1.0, 2.0, 3.0, 4.0]] * (1 if "rms" in name else 2)
+    norm = partial(getattr(layers, name), **({"num_groups": 2} if name == "group_norm" else {}))
+    assert_trees_close(norm(*inputs, *parameters), norm(*inputs, *map(jnp.array, parameters)), rtol=0)
+
+
 @EVERY_FUNCTION
 def test_no_scale_is_a_scale_of_one(name):
     x = draw(1, (3, 6), jnp.float32)
