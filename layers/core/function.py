@@ -263,20 +263,20 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Context, *grad_outputs: Any) -> Any:
-        engine = ctx._engine
+        name, needs, materialize = ctx._engine.name, ctx.needs_input_grad, ctx._engine.materialize  # the rest of ctx holds arrays
         arrays: list[Any] = []
-        template = take_apart(engine.name, "an attribute of ctx", (state_of(ctx), grad_outputs), arrays)
+        template = take_apart(name, "an attribute of ctx", (state_of(ctx), grad_outputs), arrays)
         filled: list[Callable[[list[Any]], Any]] = []
 
         def run(*arrays: Any) -> list[Any]:
             state, gs = template.fill(arrays)
-            grads = backward(restore(engine.name, ctx.needs_input_grad, engine.materialize, state), *gs)
+            grads = backward(restore(name, needs, materialize, state), *gs)
             out: list[Any] = []
-            filled[:] = [take_apart(engine.name, "a gradient", grads, out).fill]
+            filled[:] = [take_apart(name, "a gradient", grads, out).fill]
             return out
 
         def refuse(*_: Any) -> Any:
-            refuse_second_derivative(engine.name)
+            refuse_second_derivative(name)
 
         once = jax.custom_jvp(run)
         once.defjvp(refuse)

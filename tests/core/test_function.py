@@ -1017,3 +1017,19 @@ def test_a_python_number_that_is_differentiated_may_be_saved():
         np.testing.assert_allclose(transform(jax.grad(Square.apply))(1.5), 3.0)
         np.testing.assert_allclose(jax.grad(transform(jax.grad(Square.apply)))(1.5), 2.0)
         np.testing.assert_allclose(jax.jvp(transform(Square.apply), (1.5,), (2.0,))[1], 6.0)
+
+
+def test_once_differentiable_rule_leaves_no_tracer_behind():
+    class Once(Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, dy):
+            return 2 * ctx.saved_tensors[0] * dy
+
+    with jax.checking_leaks():
+        np.testing.assert_allclose(jax.jit(jax.grad(lambda x: Once.apply(x).sum()))(jnp.arange(3.0)), [0, 2, 4])
