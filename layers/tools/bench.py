@@ -40,9 +40,20 @@ def run(chosen: Sequence[str], *, rounds: int) -> dict[str, Any]:
 
 
 def merged(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """`new`, with the rows of `old` that were not run again, in the order of `names`."""
-    rows = {r["name"]: r for r in (*old["rows"], *new["rows"])}
-    return {"machine": new["machine"], "rows": [rows[n] for n in names() if n in rows]}
+    """`new`, with the rows of `old` that were not run again, in the order of `names`; a row that was only compiled keeps its times."""
+    before = {r["name"]: r for r in old["rows"]}
+    rows = before | {r["name"]: _with_times(r, before.get(r["name"])) for r in new["rows"]}
+    machine = new["machine"] if new["machine"]["matmul_flops"] or not old["machine"] else old["machine"]
+    return {"machine": machine, "rows": [rows[n] for n in names() if n in rows]}
+
+
+def _with_times(row: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """The row, with what only a run can tell from `before` where it was only compiled."""
+    if before is None or row["ways"]["idiomatic"]["seconds"] is not None:
+        return row
+    timed = ("seconds", "spread", "time_ratio", "resident_bytes", "resident_ratio")
+    ways = {w: m | {k: before["ways"].get(w, {}).get(k) for k in timed} for w, m in row["ways"].items()}
+    return before | row | {"ways": ways}
 
 
 def _machine(limits: tuple[float, float]) -> dict[str, Any]:

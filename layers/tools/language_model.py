@@ -58,7 +58,7 @@ class Decoder(nnx.Module):
         self.embed = modules.Embed(vocab, width, rngs=rngs)
         self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (length, width)))
         self.scanned = scan
-        self.blocks: Any = nnx.vmap(block)(rngs.fork(split=depth)) if scan else nnx.List([block(rngs) for _ in range(depth)])
+        self.blocks: Any = nnx.vmap(block)(rngs.split(depth)) if scan else nnx.List([block(rngs) for _ in range(depth)])
         self.norm = modules.RMSNorm(width, rngs=rngs)
         self.head = modules.Linear(width, vocab, use_bias=False, rngs=rngs)
 
