@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layers.core import compat
 from layers.core.blocks import block_size
 from layers.core.numerics import wide
+from layers.recurrent.loops import scan
 
 CHUNK_BYTES = 1 << 23
 """Of the float32 gates of one chunk."""
@@ -112,14 +112,6 @@ def add_bias(z: jax.Array, bias: Any) -> jax.Array:
 def before(start: jax.Array, states: jax.Array) -> jax.Array:
     """The state before each step, from that before the first one and those after each."""
     return jnp.concatenate([start[None].astype(states.dtype), states[:-1]])
-
-
-def scan(body: Callable[..., Any], carry: Any, rows: Any, *, reverse: bool = False) -> tuple[Any, Any]:
-    """`jax.lax.scan`, whose carry may start as the same on all devices and differ later (`shard_map`)."""
-    if any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, rows))):
-        first = jax.tree.map(lambda x: x[0], rows)
-        carry = compat.vary_like(carry, lambda c: body(c, first)[0])
-    return lax.scan(body, carry, rows, reverse=reverse)
 
 
 def scan_chunks(

@@ -30,7 +30,8 @@ from jaxtyping import Array, Float, Int
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
-from layers.recurrent.gates import Plan, add_bias, add_wanted, before, hold, product, scan, scan_chunks, summed_product, visible, zero_sums
+from layers.recurrent.gates import Plan, add_bias, add_wanted, before, hold, product, scan_chunks, summed_product, visible, zero_sums
+from layers.recurrent.loops import scan
 from layers.recurrent.sequences import prepare
 from layers.recurrent.whole_sequences import KnownCell, WholeSequences
 
