@@ -180,7 +180,7 @@ WRONG = {
     "mask of numbers": (lambda: linear_jsd(X, KERNEL, TX, TK, mask=jnp.ones(3)), TypeError, "must be of bool"),
     "mask of another shape": (lambda: linear_jsd(X, KERNEL, TX, TK, mask=jnp.ones(2, bool)), ValueError, r"mask has shape \(2,\)"),
     "unknown reduction": (lambda: linear_kl_divergence(X, KERNEL, TX, TK, reduction="batchmean"), ValueError, "one of mean, sum, none"),
-    "dpo without time": (lambda: linear_dpo(X[0], X[0], KERNEL, LABELS, LABELS, TX, TX, TK), ValueError, "chosen_x must be"),
+    "dpo without time": (lambda: linear_dpo(X[0], X[0], KERNEL, LABELS, LABELS, TX, TX, TK), ValueError, r"chosen_x has shape \(4,\), but must be"),
     "dpo of unequal pairs": (
         lambda: linear_dpo(CHOSEN, CHOSEN[:1], KERNEL, LABELS, LABELS[:1], CHOSEN, CHOSEN[:1], KERNEL),
         ValueError,
