@@ -5,8 +5,7 @@ Written against JAX 0.10 (the newest for Python 3.11) and 0.12.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src import source_info_util
 from jax._src.core import set_current_trace, take_current_trace, unmapped_aval
-from jax._src.interpreters.partial_eval import JaxprTrace, dce_jaxpr
+from jax._src.interpreters.ad import LinearizeTrace, LinearizeTracer
+from jax._src.interpreters.partial_eval import dce_jaxpr
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal, Primitive
@@ -28,7 +28,7 @@ __all__ = [
     "define_linear_primitive",
     "depends_on",
     "is_key",
-    "known_values",
+    "linearized",
     "match_placement",
     "on_first_device",
     "open_jaxpr",
@@ -120,16 +120,24 @@ def children(node: Any) -> tuple[Sequence[Any], Any] | None:
     return None if flat is None else (list(flat[0]), flat[1])
 
 
-@contextlib.contextmanager
-def known_values(primals: Sequence[Any]) -> Iterator[None]:
-    """Runs the forward part of a `custom_jvp` rule outside the partial evaluation that reverse mode puts around the rule.
+def linearized(arrays: Sequence[Any], rule: Callable[..., tuple[list[Any], Callable[[list[Any]], list[Any]]]]) -> list[Any] | None:
+    """The outputs of a rule where reverse mode is under way and an array moves, else None.
 
-    That part sees `primals` only and no tangent, so that where these are known, all of it is; partially evaluating it does nothing but take time.
+    What `jax.custom_jvp` does there, less the partial evaluation that finds out which part of its rule is linear: `rule(primals, moving)`
+    says so itself. It returns the outputs, and their tangents as a function of those of the arrays that move.
     """
     with take_current_trace() as trace:
-        known = isinstance(trace, JaxprTrace) and not any(isinstance(x, Tracer) and x._trace is trace for x in primals)
-        with set_current_trace(trace.parent_trace if known else trace):
-            yield
+        if not isinstance(trace, LinearizeTrace):
+            return None
+        primals, tangents = zip(*map(trace.to_primal_tangent_pair, arrays), strict=True)
+        moving = tuple(type(t) is not ad.Zero and jax.typeof(t).dtype != jax.dtypes.float0 for t in tangents)
+        if not any(moving):
+            return None
+        with set_current_trace(trace.parent_trace):
+            outputs, push = rule(primals, moving)
+        with set_current_trace(trace.tangent_trace), source_info_util.set_name_stack(trace._name_stack_suffix()):
+            dots = push([t for t, m in zip(tangents, moving, strict=True) if m])
+        return [y if type(t) is SymbolicZero else LinearizeTracer(trace, y, t) for y, t in zip(outputs, dots, strict=True)]
 
 
 def define_linear_primitive(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -118,14 +118,19 @@ class Function:
             filled[:] = [template.fill]
             return outputs
 
-        def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
-            moving = tuple(not isinstance(t, compat.SymbolicZero) for t in tangents)
+        def linearize(primals: Sequence[Any], moving: tuple[bool, ...]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
             primals = tuple(x if is_array(x) else jnp.asarray(x) for x in primals)  # a number that is differentiated arrives as such
-            with compat.known_values(primals):
-                record, outputs, residuals = make_record(call, primals, moving)
+            record, outputs, residuals = make_record(call, primals, moving)
             filled[:] = [record.output.fill]
-            return outputs, _tangents(record, residuals, [t for t, m in zip(tangents, moving, strict=True) if m])
+            return outputs, functools.partial(_tangents, record, residuals)
 
+        def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+            outputs, push = linearize(primals, tuple(not isinstance(t, compat.SymbolicZero) for t in tangents))
+            return outputs, push([t for t in tangents if not isinstance(t, compat.SymbolicZero)])
+
+        outputs = compat.linearized(arrays, linearize)
+        if outputs is not None:
+            return filled[0](outputs)
         primal.__name__ = primal.__qualname__ = call.name
         primal.__signature__ = _ANY_ARRAYS  # type: ignore[attr-defined]  # JAX asks for it at each call, and to work it out takes long
         rule.__signature__ = _PRIMALS_AND_TANGENTS  # type: ignore[attr-defined]
