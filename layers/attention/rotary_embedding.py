@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from layers.core.checks import check_floating
 from layers.core.function import Function
 from layers.core.numerics import wide
 
@@ -79,8 +80,7 @@ def rotary_embedding(
         TypeError: where `x` is not of a floating-point dtype.
     """
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"rotary_embedding: x is of dtype {x.dtype}, but must be of a floating-point dtype: cast it")
+    check_floating("rotary_embedding", x=x)
     if x.ndim < 3:
         raise ValueError(f"rotary_embedding: x has shape {x.shape}, but must be (*batch, time, heads, head_dim)")
     rotated = x.shape[-1] if rotated_features is None else rotated_features

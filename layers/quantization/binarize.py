@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.core.bits import pack_bits, unpack_bits
+from layers.core.checks import check_floating
 from layers.core.function import Function
 
 
@@ -44,6 +45,11 @@ def binarize(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     Keeps one bit an element for the backward pass.
 
+    Raises:
+        TypeError: where `x` is not of a floating-point dtype.
+
     Reference: Hubara et al., "Binarized Neural Networks", 2016.
     """
-    return BinarizeFunction.apply(jnp.asarray(x))
+    x = jnp.asarray(x)
+    check_floating("binarize", x=x)
+    return BinarizeFunction.apply(x)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.core.blocks import block_size, map_blocks
+from layers.core.checks import check_floating
 from layers.core.numerics import safe_reciprocal, wide
 
 GRADIENTS = ("straight_through", "rotation")
@@ -91,9 +92,7 @@ def _norm(x: jax.Array) -> jax.Array:
 
 def check_vectors(name: str, x: jax.Array, codebook: jax.Array, gradient: str) -> None:
     """Raises what the public functions raise."""
-    for what, array in (("x", x), ("codebook", codebook)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name}: {what} is of dtype {array.dtype}, but must be of a floating-point dtype: cast it, {what}.astype('float32')")
+    check_floating(name, x=x, codebook=codebook)
     if codebook.ndim != 2 or codebook.shape[0] == 0:
         raise ValueError(f"{name}: codebook has shape {codebook.shape}, but must be (codes, features) with at least one code")
     if x.ndim < 1 or x.shape[-1] != codebook.shape[1]:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from layers.core.checks import check_floating
 from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.recompute import barrier
@@ -99,8 +100,7 @@ def fake_quantize(
     Reference: Esser et al., "Learned Step Size Quantization", 2020.
     """
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"fake_quantize: x is of dtype {x.dtype}, but must be of a real floating-point dtype: cast it, x.astype('float32')")
+    check_floating("fake_quantize", x=x)
     if bits < 1 + signed:
         raise ValueError(f"fake_quantize: bits is {bits}, but must be at least {1 + signed} for {'signed' if signed else 'unsigned'} levels")
     if axis is not None and not -x.ndim <= axis < x.ndim:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from layers.core.checks import check_floating
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
@@ -72,15 +73,17 @@ def finite_scalar_quantize(x: Float[Array, "*batch channels"], levels: Sequence[
     Raises:
         ValueError: if `levels` has not one entry for each channel, an entry is below 2 or more than the dtype can tell apart, or the codebook
             does not fit an int32.
+        TypeError: where `x` is not of a floating-point dtype.
 
     Reference: Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", 2023.
     """
     x, levels = jnp.asarray(x), tuple(int(n) for n in levels)
+    check_floating("finite_scalar_quantize", x=x)
     if x.ndim < 1 or x.shape[-1] != len(levels):
         raise ValueError(f"finite_scalar_quantize: levels has {len(levels)} entries, but x has shape {x.shape}; give one for each channel")
     if min(levels, default=2) < 2 or int(np.prod(levels, dtype=object)) > 2**31 - 1:
         raise ValueError(f"finite_scalar_quantize: levels is {levels}, but each must be at least 2 and their product below 2**31")
-    if jnp.issubdtype(x.dtype, jnp.floating) and max(levels, default=2) // 2 * float(jnp.finfo(x.dtype).eps) > 1:
+    if max(levels, default=2) // 2 * float(jnp.finfo(x.dtype).eps) > 1:
         raise ValueError(f"finite_scalar_quantize: {x.dtype} cannot tell {max(levels)} levels apart: cast x, x.astype('float32')")
     y = FiniteScalarQuantizeFunction.apply(x, levels)
     half = np.asarray(levels) // 2

@@ -29,6 +29,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from layers.core.checks import check_floating
 from layers.core.function import Function, once_differentiable
 from layers.core.numerics import safe_reciprocal, wide
 
@@ -143,9 +144,7 @@ def int8_linear(
     Reference: Xi et al., "Jetfire: Efficient and Accurate Transformer Pretraining with INT8 Data Flow", 2024.
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
-    for name, array in (("x", x), ("kernel", kernel)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"int8_linear: {name} is of dtype {array.dtype}, but must be of a floating-point dtype; the layer quantises it")
+    check_floating("int8_linear", x=x, kernel=kernel)
     if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
         raise ValueError(
             f"int8_linear: kernel has shape {kernel.shape}, but must be (in_features, out_features) with the last axis of x (x: {x.shape})"
@@ -162,17 +161,26 @@ def int8_linear(
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
+_DEFAULTS: dict[str, Any] = {"precision": None, "dot_general": lax.dot_general, "preferred_element_type": None}
+
+
 class Int8Linear(nnx.Linear):
     """`flax.nnx.Linear`, the same in constructor and parameters, by `int8_linear`.
 
     Args:
         gradient_rounding: as in `int8_linear`; "stochastic" takes a `key` in the call.
+
+    Raises:
+        ValueError: for a `precision`, `dot_general` or `preferred_element_type` of one's own: the products are of integers.
     """
 
     gradient_rounding = "nearest"
 
     def __init__(self, in_features: int, out_features: int, *, gradient_rounding: str = "nearest", rngs: nnx.Rngs, **options: Any):
         super().__init__(in_features, out_features, rngs=rngs, **options)
+        for name in ("precision", "dot_general", "preferred_element_type"):
+            if name in options and options[name] is not _DEFAULTS[name]:
+                raise ValueError(f"Int8Linear: {name} is of no use, the products are of 8-bit integers; leave it out, or use Linear")
         self.gradient_rounding = gradient_rounding
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None, *, key: jax.Array | None = None) -> jax.Array:

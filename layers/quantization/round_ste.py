@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from layers.core.checks import check_floating
 from layers.core.function import Function
 
 
@@ -37,6 +38,11 @@ class RoundSteFunction(Function):
 def round_ste(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Rounds to the nearest integer, ties to even; the gradient goes straight through.
 
+    Raises:
+        TypeError: where `x` is not of a floating-point dtype.
+
     Reference: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
     """
-    return RoundSteFunction.apply(jnp.asarray(x))
+    x = jnp.asarray(x)
+    check_floating("round_ste", x=x)
+    return RoundSteFunction.apply(x)

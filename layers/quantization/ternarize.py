@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from layers.core.checks import check_floating
 from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
 
@@ -51,10 +52,12 @@ def ternarize(x: Float[Array, "*shape"], *, threshold: float = 0.7, axis: int | 
 
     Raises:
         ValueError: if `threshold` is negative or `axis` is not an axis of `x`.
+        TypeError: where `x` is not of a floating-point dtype.
 
     Reference: Li & Liu, "Ternary Weight Networks", 2016.
     """
     x = jnp.asarray(x)
+    check_floating("ternarize", x=x)
     if threshold < 0:
         raise ValueError(f"ternarize: threshold is {threshold}, but must not be negative")
     if axis is not None and not -x.ndim <= axis < x.ndim:

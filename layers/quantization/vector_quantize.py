@@ -150,6 +150,8 @@ class VectorQuantizer(nnx.Module):
         deterministic: leaves the codebook as it is; set by `model.eval()` and `model.train()`.
         param_dtype: of the codebook.
         embedding_init: its initialiser.
+        axis_name: a mapped axis (`jax.vmap`, `shard_map`) over which the moving average goes too, so that all along it keep the same codebook; the
+            stream `codebook` must be the same along it.
         rngs: the streams `params`, and `codebook` for dead codes.
 
     Reference: van den Oord et al., "Neural Discrete Representation Learning", 2017, section 3 and appendix A.1; the names are those of
@@ -170,6 +172,7 @@ class VectorQuantizer(nnx.Module):
         deterministic: bool = False,
         param_dtype: Any = jnp.float32,
         embedding_init: Callable[..., jax.Array] = _INIT,
+        axis_name: str | None = None,
         rngs: nnx.Rngs,
     ):
         if not 0 <= decay <= 1:
@@ -184,6 +187,7 @@ class VectorQuantizer(nnx.Module):
         self.rngs = rngs["codebook"].fork() if threshold_ema_dead_code else nnx.data(None)
         self.num_embeddings, self.features, self.param_dtype = num_embeddings, features, param_dtype
         self.commitment_weight, self.gradient, self.deterministic = commitment_weight, gradient, deterministic
+        self.axis_name = axis_name
         self.ema, self.decay, self.epsilon, self.threshold_ema_dead_code = ema, decay, epsilon, threshold_ema_dead_code
 
     def __call__(
@@ -199,17 +203,29 @@ class VectorQuantizer(nnx.Module):
     def _move(self, rows: jax.Array, indices: jax.Array) -> None:
         """One step of the moving average."""
         assert self.cluster_size is not None and self.embedding_sum is not None
-        blend = lambda old, new: self.decay * old + (1 - self.decay) * new.astype(old.dtype)
+        everywhere = (lambda a: a) if self.axis_name is None else lambda a: lax.psum(a, self.axis_name)
+        blend = lambda old, new: self.decay * old + (1 - self.decay) * everywhere(new).astype(old.dtype)
         size = blend(self.cluster_size[...], code_sums(jnp.ones(indices.shape), indices, self.num_embeddings))
         total = blend(self.embedding_sum[...], code_sums(rows, indices, self.num_embeddings))
         if self.rngs is not None:
             dead = size < self.threshold_ema_dead_code
-            drawn = rows[jax.random.randint(self.rngs(), dead.shape, 0, len(rows))].astype(total.dtype)
+            drawn = self._draw(rows).astype(total.dtype)
             fresh = max(1.0, self.threshold_ema_dead_code)  # as at the start, so that it stays alive while it is chosen
             size, total = jnp.where(dead, fresh, size), jnp.where(dead[:, None], fresh * drawn, total)
         smooth = (size + self.epsilon) * size.sum() * safe_reciprocal(size.sum() + self.num_embeddings * self.epsilon)
         self.cluster_size[...], self.embedding_sum[...] = size, total
         self.embedding[...] = (total * safe_reciprocal(smooth)[:, None]).astype(self.param_dtype)
+
+    def _draw(self, rows: jax.Array) -> jax.Array:
+        """A vector for each code, drawn from all along `axis_name`."""
+        assert self.rngs is not None
+        shards = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        places = jax.random.randint(self.rngs(), (self.num_embeddings,), 0, shards * len(rows))
+        drawn = rows[places % len(rows)]
+        if self.axis_name is None:
+            return drawn
+        here = places // len(rows) == lax.axis_index(self.axis_name)
+        return lax.psum(jnp.where(here[:, None], drawn, 0), self.axis_name)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Used by `nnx.view`."""

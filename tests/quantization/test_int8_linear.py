@@ -215,3 +215,13 @@ def test_bad_input_is_an_error(args, options, error, message):
 
 def test_an_int32_holds_the_sum_of_a_block_of_terms():
     assert 127 * 127 * module.MOST_TERMS < 2**31
+
+
+@pytest.mark.parametrize("option", [{"precision": "highest"}, {"dot_general": jax.nn.relu}, {"preferred_element_type": jnp.float32}])
+def test_option_of_a_floating_point_product_is_an_error(option):
+    with pytest.raises(ValueError, match=f"Int8Linear: {next(iter(option))} is of no use"):
+        Int8Linear(40, 7, **option, rngs=nnx.Rngs(0))
+
+
+def test_defaults_of_those_options_are_accepted():
+    Int8Linear(40, 7, precision=None, dot_general=jax.lax.dot_general, preferred_element_type=None, rngs=nnx.Rngs(0))

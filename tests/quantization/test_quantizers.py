@@ -171,5 +171,10 @@ def test_learned_step_is_pulled_by_entries_at_the_clipping_levels():
 def test_what_a_dtype_cannot_tell_apart_is_an_error():
     with pytest.raises(ValueError, match="cannot tell 1000 levels apart"):
         layers.finite_scalar_quantize(jnp.ones((2, 1), jnp.bfloat16), (1000,))
-    with pytest.raises(TypeError, match="floating-point"):
-        layers.fake_quantize(jnp.arange(3))
+
+
+@pytest.mark.parametrize("name", ["round_ste", "binarize", "ternarize", "fake_quantize", "finite_scalar_quantize"])
+def test_integers_are_an_error(name):
+    options = ((3, 3, 3),) if name == "finite_scalar_quantize" else ()
+    with pytest.raises(TypeError, match=f"{name}: x is of dtype int32, but must be of a real floating-point dtype"):
+        getattr(layers, name)(jnp.arange(3), *options)

@@ -1,10 +1,13 @@
 """Vector quantisers against brute force, their papers' formulas and autodiff; memory, edge cases, the module."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from layers.quantization import codebook as shared
 from layers.quantization.residual_vector_quantize import ResidualVectorQuantizeFunction, residual_vector_quantize
@@ -342,3 +345,27 @@ def test_revived_codes_stay_alive_while_they_are_chosen():
     moved = np.linalg.norm(np.asarray(model.embedding[...]) - before, axis=-1)
     assert len(chosen) == 8
     assert moved[chosen].max() < 0.05
+
+
+def test_devices_with_an_axis_name_keep_the_codebook_of_the_whole_batch():
+    def make(axis_name=None):
+        return VectorQuantizer(16, 2, ema=True, threshold_ema_dead_code=2.0, axis_name=axis_name, rngs=nnx.Rngs(0))
+
+    x, whole = draw(3, 64, 2), make()
+    structure, state = nnx.split(make("rows"))
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=jax.sharding.Mesh(jax.devices(), ("rows",)), in_specs=(P(), P("rows")), out_specs=(P(), P("rows")))
+    def step(state, x):
+        module = nnx.merge(structure, state)
+        y = module(x)[0]
+        return nnx.state(module), y
+
+    for _ in range(2):
+        expected = whole(x)[0]
+        state, y = step(state, x)
+        np.testing.assert_allclose(y, expected, rtol=1e-6)
+    kept = [jax.tree.leaves(nnx.filter_state(s, nnx.BatchStat)) for s in (state, nnx.state(whole))]
+    assert len(kept[0]) == 3
+    for ours, theirs in zip(*kept, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
