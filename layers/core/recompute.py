@@ -16,6 +16,11 @@ from jax import lax
 _transposing = False
 
 
+def is_transposing() -> bool:
+    """Whether a backward rule is being traced in order to transpose it."""
+    return _transposing
+
+
 def barrier(residuals: Any, cotangents: Any) -> tuple[Any, Any]:
     """Both pytrees unchanged, but not available to XLA before `cotangents` is.
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from layers.core import compat
+from layers.core.checks import check_floating
 from layers.losses.targets import REDUCTIONS, Options
 
 
@@ -46,12 +47,6 @@ def check_reduction(name: str, reduction: str) -> None:
 def check_block_size(name: str, size: int | None) -> None:
     if size is not None and size < 1:
         raise ValueError(f"{name}: block_size is {size}, but a block has at least one row: None chooses")
-
-
-def check_floating(name: str, **arrays: Any) -> None:
-    for key, x in arrays.items():
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name}: {key} is of dtype {x.dtype}, but must be of a real floating-point dtype: cast it, {key}.astype('float32')")
 
 
 def check_head(name: str, x: Any, kernel: Any, bias: Any, prefix: str = "") -> tuple[jax.Array, jax.Array, jax.Array | None]:

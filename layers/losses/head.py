@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layers.core.blocks import block_size, map_blocks, scan_blocks
+from layers.core.blocks import block_size, fold_blocks, scan_blocks
 from layers.core.numerics import wide
 
 LOGITS_BYTES, SLICE_BYTES = 1 << 25, 1 << 23
@@ -85,7 +85,7 @@ def fold(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, arrays: Any, *
 
 def by_groups(fn: Callable[[Any], Any], arrays: Any) -> Any:
     """`fn(rows of arrays)` over groups of rows that stay in a core's cache; the first array is a block of logits."""
-    return map_blocks(fn, arrays, block=_rows_in_group(jax.tree.leaves(arrays)[0]))
+    return fold_blocks(lambda _, rows: (None, fn(rows)), None, arrays, block=_rows_in_group(jax.tree.leaves(arrays)[0]))[1]
 
 
 def replace_by_groups(fn: Callable[[jax.Array, Any], jax.Array], a: jax.Array, arrays: Any) -> jax.Array:
@@ -99,7 +99,7 @@ def replace_by_groups(fn: Callable[[jax.Array, Any], jax.Array], a: jax.Array, a
         new = fn(lax.dynamic_slice_in_dim(a, places[0], places.shape[0]), arrays)
         return lax.dynamic_update_slice_in_dim(a, new, places[0], 0), None
 
-    return scan_blocks(body, a, (jnp.arange(a.shape[0]), arrays), block=_rows_in_group(a))[0] if a.shape[0] else a
+    return fold_blocks(body, a, (jnp.arange(a.shape[0]), arrays), block=_rows_in_group(a))[0] if a.shape[0] else a
 
 
 def _rows_in_group(a: jax.Array) -> int:

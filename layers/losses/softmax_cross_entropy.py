@@ -22,12 +22,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from layers.core.blocks import block_size as divide
+from layers.core.blocks import by_device, fold_blocks
+from layers.core.checks import check_floating
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.losses import rows
-from layers.losses.arguments import as_batch, as_rows, check_floating, check_labels, read_options
-from layers.losses.head import fold
+from layers.losses.arguments import as_batch, as_rows, check_labels, read_options
 from layers.losses.targets import Options, read_labels, reduced, scale_of
 
 BLOCK_BYTES = 1 << 20
@@ -84,14 +85,20 @@ class SoftmaxCrossEntropyFunction(Function):
 
 def _by_blocks(fn: Callable[..., Any], logits: jax.Array, arrays: tuple[Any, ...], options: Options) -> Any:
     """`fn(logits, *arrays)` of float32 or wider logits, in blocks of rows."""
-    target = max(1, BLOCK_BYTES // (4 * max(logits.shape[1], 1)))
 
-    def body(_: None, block: Any) -> Any:
-        places, arrays = block
-        a = _slice_rows(logits, places[0], places.shape[0]) if places.shape[0] else logits
-        return None, fn(a.astype(wide(a.dtype)), *arrays)
+    def of_rows(_: None, arrays: Any) -> tuple[None, Any]:
+        logits, arrays = arrays
+        target = max(1, BLOCK_BYTES // (4 * max(logits.shape[1], 1)))
 
-    return fold(body, None, (jnp.arange(logits.shape[0]), arrays), block=options.block_size or divide(logits.shape[0], target))[1]
+        def body(_: None, block: Any) -> tuple[None, Any]:
+            places, arrays = block
+            a = _slice_rows(logits, places[0], places.shape[0]) if places.shape[0] else logits
+            return None, fn(a.astype(wide(a.dtype)), *arrays)
+
+        places, size = jnp.arange(logits.shape[0]), options.block_size or divide(logits.shape[0], target)
+        return fold_blocks(jax.checkpoint(body, prevent_cse=False), None, (places, arrays), block=size)
+
+    return by_device(of_rows, None, (logits, arrays))[1]
 
 
 def _slice_rows(x: jax.Array, start: Any, size: int) -> jax.Array:

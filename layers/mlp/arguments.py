@@ -48,6 +48,16 @@ def check_arrays(name: str, x: jax.Array, ups: dict[str, jax.Array], down_kernel
             raise ValueError(f"{name}: {key} has shape {bias.shape}, but must be {(size,)} (down_kernel: {down_kernel.shape})")
 
 
+def check_norm(name: str, x: jax.Array, scale: jax.Array | None, epsilon: float) -> None:
+    """Raises unless the scale of the norm, where there is one, is real and floating and fits x, and epsilon is not negative."""
+    if scale is not None and not jnp.issubdtype(scale.dtype, jnp.floating):
+        raise TypeError(f"{name}: norm_scale is of dtype {scale.dtype}, but must be of a real floating-point dtype: cast it")
+    if scale is not None and scale.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: norm_scale has shape {scale.shape}, but the last axis of x is {x.shape[-1:]} (x: {x.shape})")
+    if epsilon < 0:
+        raise ValueError(f"{name}: epsilon is {epsilon}, but must not be negative")
+
+
 def as_arrays(*arrays: Any) -> list[Any]:
     """JAX arrays of all that is not None."""
     return [None if a is None else jnp.asarray(a) for a in arrays]

@@ -7,8 +7,8 @@ A block of h, and of the a that are not saved, is all that is ever there. Going 
     dh = dy down_kernelᵀ,   ddown_kernel = Σ hᵀ dy,   ddown_bias = Σ dy
     da_i = dh ∂hidden/∂a_i,   dkernel_i = Σ xᵀ da_i,   dbias_i = Σ da_i,   dx = Σ_i da_i kernel_iᵀ
 
-where the sums of all blocks add up in float32 or wider. The loop is what makes the saving real: of recomputed products that stand free, XLA
-finds that forward has them already, and keeps those.
+where x may be the norm of rows (`prenorm.py`), which is not kept either, and the sums of all blocks add up in float32 or wider. The loop is
+what makes the saving real: of recomputed products that stand free, XLA finds that forward has them already, and keeps those.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layers.core.blocks import block_size, map_blocks, scan_blocks
+from layers.core.blocks import block_size, map_blocks
+from layers.core.late import scan_blocks_late
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
+from layers.mlp import prenorm
 
 HIDDEN_BYTES = 1 << 22
 """Of a float32 block of the hidden layer."""
@@ -67,12 +69,14 @@ class Plan(NamedTuple):
         keep: whether the a are kept for backward.
         block: rows in a block; None to choose.
         dtype: of the operands of the products and of the output; None for the common one of the arrays.
+        epsilon: of the norm, where there is one.
     """
 
     hidden: Hidden
     keep: bool
     block: int | None = None
     dtype: Any = None
+    epsilon: float = 0.0
 
     def rows_in_block(self, rows: int, hidden_features: int) -> int:
         if self.block is not None:
@@ -85,48 +89,62 @@ def dot(x: jax.Array, y: jax.Array, i: int, j: int) -> jax.Array:
     return lax.dot_general(x, y, (((i,), (j,)), ((), ())), preferred_element_type=wide(x.dtype))
 
 
-def run(x: jax.Array, ups: Sequence[Affine], down: Affine, plan: Plan) -> tuple[jax.Array, Any]:
-    """y, and the a if they are to be kept."""
+def run(x: jax.Array, scale: Any, ups: Sequence[Affine], down: Affine, plan: Plan) -> tuple[jax.Array, Any]:
+    """y, and the a if they are to be kept; of the norm of x where there is a scale."""
     dtype = plan.dtype or jnp.result_type(x, *jax.tree.leaves((ups, down)))
     ups, down = _cast((ups, down), dtype)
 
     def block(x: jax.Array) -> tuple[jax.Array, Any]:
-        a = [up(x.astype(dtype)) for up in ups]
+        n = x if scale is None else prenorm.normalize(x, plan.epsilon)[0] * scale
+        a = [up(n.astype(dtype)) for up in ups]
         y = down(plan.hidden.value(*a).astype(dtype))
         return y.astype(dtype), [a.astype(dtype) for a in a] if plan.keep else None
 
     return map_blocks(block, x, block=plan.rows_in_block(x.shape[0], down.kernel.shape[0]))
 
 
-def run_back(
-    dy: jax.Array, x: jax.Array, kept: Any, ups: Sequence[Affine], down: Affine, plan: Plan, needs: tuple[bool, Sequence[Affine], Affine]
-) -> tuple[Any, Sequence[Affine], Affine]:
-    """The gradients of x, ups and down, those that `needs` asks for, None for the others."""
-    needs_x, needs_ups, needs_down = needs
+class Needs(NamedTuple):
+    """What is to be computed, or has been: flags or gradients."""
+
+    x: Any
+    scale: Any
+    ups: Sequence[Affine]
+    down: Affine
+
+
+def run_back(dy: jax.Array, x: jax.Array, scale: Any, kept: Any, ups: Sequence[Affine], down: Affine, plan: Plan, needs: Needs) -> Needs:
+    """The gradients that `needs` asks for, None for the others."""
     dtype, rows = dy.dtype, plan.rows_in_block(dy.shape[0], down.kernel.shape[0])
     if rows >= dy.shape[0]:  # there is no loop to protect what is recomputed
-        (x, kept, ups, down), dy = barrier((x, kept, ups, down), dy)
-    start = [_zeros(up, n) for up, n in zip(ups, needs_ups, strict=True)], _zeros(down, needs_down)
-    (ups, down), needs_up = _cast((ups, down), dtype), any(any(n) for n in needs_ups)
+        (x, scale, kept, ups, down), dy = barrier((x, scale, kept, ups, down), dy)
+    dscale = _zeros(Affine(None, scale), Affine(False, needs.scale)).bias
+    start = dscale, [_zeros(up, n) for up, n in zip(ups, needs.ups, strict=True)], _zeros(down, needs.down)
+    (ups, down), needs_up, needs_n = _cast((ups, down), dtype), any(any(n) for n in needs.ups), needs.x or needs.scale
 
     def block(sums: Any, given: Any) -> tuple[Any, Any]:
         dy, x, a = given
-        dups, ddown = sums
-        x_ = x.astype(dtype)
-        a = [up(x_) for up in ups] if a is None else [a.astype(wide(dtype)) for a in a]
-        if needs_down.kernel:
+        dscale, dups, ddown = sums
+        xhat, rstd = (x, None) if scale is None else prenorm.normalize(x, plan.epsilon)
+        n = (xhat if scale is None else xhat * scale).astype(dtype)
+        a = [up(n) for up in ups] if a is None else [a.astype(wide(dtype)) for a in a]
+        if needs.down.kernel:
             ddown = ddown.add(plan.hidden.value(*a).astype(dtype), dy)
-        elif needs_down.bias:
+        elif needs.down.bias:
             ddown = ddown.add(None, dy)
-        if not needs_x and not needs_up:
-            return (dups, ddown), None
+        if not needs_n and not needs_up:
+            return (dscale, dups, ddown), None
         da = plan.hidden.pull(dot(dy, down.kernel, 1, 1), *a)
-        dups = [dup.add(x_, d) for dup, d in zip(dups, da, strict=True)]
-        dx = jnp.asarray(sum(dot(d.astype(dtype), up.kernel, 1, 1) for d, up in zip(da, ups, strict=True))).astype(x.dtype) if needs_x else None
-        return (dups, ddown), dx
+        dups = [dup.add(n, d) for dup, d in zip(dups, da, strict=True)]
+        if not needs_n:
+            return (dscale, dups, ddown), None
+        dx = jnp.asarray(sum(dot(d.astype(dtype), up.kernel, 1, 1) for d, up in zip(da, ups, strict=True)))
+        if scale is not None and rstd is not None:
+            dx, more = prenorm.pull(dx, xhat, rstd, scale)
+            dscale = dscale + more.astype(dscale.dtype) if needs.scale else None
+        return (dscale, dups, ddown), dx.astype(x.dtype) if needs.x else None
 
-    (dups, ddown), dx = scan_blocks(block, start, (dy, x, kept), block=rows)
-    return dx, dups, ddown
+    (dscale, dups, ddown), dx = scan_blocks_late(block, start, (dy, x, kept), block=rows)
+    return Needs(dx, dscale, dups, ddown)
 
 
 def _cast(parameters: Any, dtype: Any) -> Any:

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float
 
 from layers.core.elementwise import ACTIVATIONS
 from layers.core.function import Function
-from layers.mlp.arguments import as_arrays, as_rows, check_arrays, check_options
-from layers.mlp.blocks import Affine, Hidden, Plan, run, run_back
+from layers.mlp.arguments import as_arrays, as_rows, check_arrays, check_norm, check_options
+from layers.mlp.blocks import Affine, Hidden, Needs, Plan, run, run_back
 
 HIDDEN = {
     name: Hidden(lambda g, u, f=f: f.value(g) * u, lambda dh, g, u, f=f: (f.pull(g, dh * u), dh * f.value(g))) for name, f in ACTIVATIONS.items()
@@ -35,26 +35,26 @@ HIDDEN = {
 
 class GatedMLPFunction(Function):
     @staticmethod
-    def forward(ctx, x, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, plan):
-        y, kept = run(x, [Affine(gate_kernel, gate_bias), Affine(up_kernel, up_bias)], Affine(down_kernel, down_bias), plan)
-        ctx.save_for_backward(x, kept, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias)
+    def forward(ctx, x, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, norm_scale, plan):
+        y, kept = run(x, norm_scale, [Affine(gate_kernel, gate_bias), Affine(up_kernel, up_bias)], Affine(down_kernel, down_bias), plan)
+        ctx.save_for_backward(x, kept, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, norm_scale)
         ctx.plan = plan
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, kept, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias = ctx.saved_tensors
-        needs_x, gate, up, down, gate_b, up_b, down_b = ctx.needs_input_grad[:7]
+        x, kept, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, norm_scale = ctx.saved_tensors
+        needs_x, gate, up, down, gate_b, up_b, down_b, scale = ctx.needs_input_grad[:8]
         ups, needs = [Affine(gate_kernel, gate_bias), Affine(up_kernel, up_bias)], [Affine(gate, gate_b), Affine(up, up_b)]
-        ends = Affine(down_kernel, down_bias), ctx.plan, (needs_x, needs, Affine(down, down_b))
-        dx, (dgate, dup), ddown = run_back(dy, x, kept, ups, *ends)
-        return dx, dgate.kernel, dup.kernel, ddown.kernel, dgate.bias, dup.bias, ddown.bias, None
+        ends = Affine(down_kernel, down_bias), ctx.plan, Needs(needs_x, scale, needs, Affine(down, down_b))
+        dx, dscale, (dgate, dup), ddown = run_back(dy, x, norm_scale, kept, ups, *ends)
+        return dx, dgate.kernel, dup.kernel, ddown.kernel, dgate.bias, dup.bias, ddown.bias, dscale, None
 
     @staticmethod
     def example(key, dtype):
-        shapes = (5, 3), (3, 7), (3, 7), (7, 4), (7,), (7,), (4,)
-        arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 7), shapes, strict=True)]
-        return *arrays, Plan(HIDDEN["silu"], keep=True, block=2)
+        shapes = (5, 3), (3, 7), (3, 7), (7, 4), (7,), (7,), (4,), (3,)
+        arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 8), shapes, strict=True)]
+        return *arrays, Plan(HIDDEN["silu"], keep=True, block=2, epsilon=1e-6)
 
 
 def gated_mlp(
@@ -70,6 +70,8 @@ def gated_mlp(
     save: str = "preactivations",
     dtype: Any = None,
     block_size: int | None = None,
+    norm_scale: Float[Array, " in_features"] | None = None,
+    epsilon: float = 1e-6,
 ) -> Float[Array, "*batch out_features"]:
     """Computes `(f(x @ gate_kernel) * (x @ up_kernel)) @ down_kernel` without ever holding the hidden layer whole.
 
@@ -89,6 +91,8 @@ def gated_mlp(
             the arguments, and backward computes both again.
         dtype: that of the products and the output; by default the common one of the arrays.
         block_size: rows in a block; None to choose so that a block of the hidden layer stays in the caches.
+        norm_scale: where given, all this is of `rms_norm(x, norm_scale, epsilon=epsilon)`, which is then not kept for backward.
+        epsilon: of that norm.
 
     Returns:
         `(*batch, out_features)`.
@@ -98,12 +102,13 @@ def gated_mlp(
         TypeError: where an array is not of a real floating-point dtype.
     """
     x, gate_kernel, up_kernel, down_kernel = as_arrays(x, gate_kernel, up_kernel, down_kernel)
-    biases = as_arrays(gate_bias, up_bias, down_bias)
+    *biases, norm_scale = as_arrays(gate_bias, up_bias, down_bias, norm_scale)
     check_options("gated_mlp", activation, save, block_size, dtype)
+    check_norm("gated_mlp", x, norm_scale, epsilon)
     kernels = {"gate_kernel": gate_kernel, "up_kernel": up_kernel}
     check_arrays("gated_mlp", x, kernels, down_kernel, gate_bias=biases[0], up_bias=biases[1], down_bias=biases[2])
-    plan = Plan(HIDDEN[activation], save == "preactivations", block_size, dtype)
-    y = GatedMLPFunction.apply(as_rows(x), gate_kernel, up_kernel, down_kernel, *biases, plan)
+    plan = Plan(HIDDEN[activation], save == "preactivations", block_size, dtype, epsilon)
+    y = GatedMLPFunction.apply(as_rows(x), gate_kernel, up_kernel, down_kernel, *biases, norm_scale, plan)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -148,7 +153,8 @@ class GatedMLP(nnx.Module):
         self.down = nnx.Linear(hidden_features, out_features or in_features, **options)
         self.activation, self.save, self.dtype, self.block_size = activation, save, dtype, block_size
 
-    def __call__(self, x: Any) -> jax.Array:
+    def __call__(self, x: Any, norm_scale: Any = None, epsilon: float = 1e-6) -> jax.Array:
+        """`norm_scale` and `epsilon` as of `gated_mlp`: with those of an `RMSNorm`, what the module gives of its output."""
         maps = self.gate, self.up, self.down
         return gated_mlp(
             x,
@@ -158,4 +164,6 @@ class GatedMLP(nnx.Module):
             save=self.save,
             dtype=self.dtype,
             block_size=self.block_size,
+            norm_scale=norm_scale,
+            epsilon=epsilon,
         )

@@ -25,8 +25,8 @@ from jaxtyping import Array, Float
 
 from layers.core.elementwise import ACTIVATIONS
 from layers.core.function import Function
-from layers.mlp.arguments import as_arrays, as_rows, check_arrays, check_options
-from layers.mlp.blocks import Affine, Hidden, Plan, run, run_back
+from layers.mlp.arguments import as_arrays, as_rows, check_arrays, check_norm, check_options
+from layers.mlp.blocks import Affine, Hidden, Needs, Plan, run, run_back
 
 HIDDEN = {name: Hidden(f.value, lambda dh, a, f=f: (f.pull(a, dh),)) for name, f in ACTIVATIONS.items()}
 """h = f(a) and da = dh f'(a)."""
@@ -34,25 +34,25 @@ HIDDEN = {name: Hidden(f.value, lambda dh, a, f=f: (f.pull(a, dh),)) for name, f
 
 class MLPFunction(Function):
     @staticmethod
-    def forward(ctx, x, up_kernel, down_kernel, up_bias, down_bias, plan):
-        y, a = run(x, [Affine(up_kernel, up_bias)], Affine(down_kernel, down_bias), plan)
-        ctx.save_for_backward(x, a, up_kernel, down_kernel, up_bias, down_bias)
+    def forward(ctx, x, up_kernel, down_kernel, up_bias, down_bias, norm_scale, plan):
+        y, a = run(x, norm_scale, [Affine(up_kernel, up_bias)], Affine(down_kernel, down_bias), plan)
+        ctx.save_for_backward(x, a, up_kernel, down_kernel, up_bias, down_bias, norm_scale)
         ctx.plan = plan
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, a, up_kernel, down_kernel, up_bias, down_bias = ctx.saved_tensors
-        needs_x, up, down, up_b, down_b = ctx.needs_input_grad[:5]
-        ups, needs = [Affine(up_kernel, up_bias)], (needs_x, [Affine(up, up_b)], Affine(down, down_b))
-        dx, (dup,), ddown = run_back(dy, x, a, ups, Affine(down_kernel, down_bias), ctx.plan, needs)
-        return dx, dup.kernel, ddown.kernel, dup.bias, ddown.bias, None
+        x, a, up_kernel, down_kernel, up_bias, down_bias, norm_scale = ctx.saved_tensors
+        needs_x, up, down, up_b, down_b, scale = ctx.needs_input_grad[:6]
+        needs = Needs(needs_x, scale, [Affine(up, up_b)], Affine(down, down_b))
+        dx, dscale, (dup,), ddown = run_back(dy, x, norm_scale, a, [Affine(up_kernel, up_bias)], Affine(down_kernel, down_bias), ctx.plan, needs)
+        return dx, dup.kernel, ddown.kernel, dup.bias, ddown.bias, dscale, None
 
     @staticmethod
     def example(key, dtype):
-        shapes = (5, 3), (3, 7), (7, 4), (7,), (4,)
-        arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 5), shapes, strict=True)]
-        return *arrays, Plan(HIDDEN["gelu"], keep=False, block=2)
+        shapes = (5, 3), (3, 7), (7, 4), (7,), (4,), (3,)
+        arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 6), shapes, strict=True)]
+        return *arrays, Plan(HIDDEN["gelu"], keep=False, block=2, epsilon=1e-6)
 
 
 def mlp(
@@ -66,6 +66,8 @@ def mlp(
     save: str = "preactivations",
     dtype: Any = None,
     block_size: int | None = None,
+    norm_scale: Float[Array, " in_features"] | None = None,
+    epsilon: float = 1e-6,
 ) -> Float[Array, "*batch out_features"]:
     """Computes `f(x @ up_kernel + up_bias) @ down_kernel + down_bias` without ever holding the hidden layer whole.
 
@@ -84,6 +86,8 @@ def mlp(
             and backward computes the hidden layer again, one product of matrices more.
         dtype: that of the products and the output; by default the common one of the arrays.
         block_size: rows in a block; None to choose so that a block of the hidden layer stays in the caches.
+        norm_scale: where given, all this is of `rms_norm(x, norm_scale, epsilon=epsilon)`, which is then not kept for backward.
+        epsilon: of that norm.
 
     Returns:
         `(*batch, out_features)`.
@@ -92,11 +96,12 @@ def mlp(
         ValueError: for shapes that do not fit, an unknown activation or `save`.
         TypeError: where an array is not of a real floating-point dtype.
     """
-    x, up_kernel, down_kernel, up_bias, down_bias = as_arrays(x, up_kernel, down_kernel, up_bias, down_bias)
+    x, up_kernel, down_kernel, up_bias, down_bias, norm_scale = as_arrays(x, up_kernel, down_kernel, up_bias, down_bias, norm_scale)
     check_options("mlp", activation, save, block_size, dtype)
+    check_norm("mlp", x, norm_scale, epsilon)
     check_arrays("mlp", x, {"up_kernel": up_kernel}, down_kernel, up_bias=up_bias, down_bias=down_bias)
-    plan = Plan(HIDDEN[activation], save == "preactivations", block_size, dtype)
-    y = MLPFunction.apply(as_rows(x), up_kernel, down_kernel, up_bias, down_bias, plan)
+    plan = Plan(HIDDEN[activation], save == "preactivations", block_size, dtype, epsilon)
+    y = MLPFunction.apply(as_rows(x), up_kernel, down_kernel, up_bias, down_bias, norm_scale, plan)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -140,7 +145,8 @@ class MLP(nnx.Module):
         self.down = nnx.Linear(hidden_features, out_features or in_features, **options)
         self.activation, self.save, self.dtype, self.block_size = activation, save, dtype, block_size
 
-    def __call__(self, x: Any) -> jax.Array:
+    def __call__(self, x: Any, norm_scale: Any = None, epsilon: float = 1e-6) -> jax.Array:
+        """`norm_scale` and `epsilon` as of `mlp`: with those of an `RMSNorm`, what the module gives of its output."""
         up, down = self.up, self.down
         return mlp(
             x,
@@ -152,4 +158,6 @@ class MLP(nnx.Module):
             save=self.save,
             dtype=self.dtype,
             block_size=self.block_size,
+            norm_scale=norm_scale,
+            epsilon=epsilon,
         )

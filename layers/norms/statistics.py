@@ -21,7 +21,9 @@ import jax.numpy as jnp
 from flax.nnx.nn import dtypes
 from jax import lax
 
-from layers.core.blocks import block_size, scan_blocks
+from layers.core.blocks import block_size
+from layers.core.checks import check_floating
+from layers.core.late import scan_blocks_late
 from layers.core.numerics import wide
 
 BLOCK_BYTES = 1 << 19
@@ -120,7 +122,7 @@ def in_row_blocks(grads: Callable[..., tuple[jax.Array, Any]], arrays: Sequence[
         dx, more = grads(*rows)
         return jax.tree.map(jnp.add, sums, more), dx
 
-    sums, dx = scan_blocks(body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like), rows, block=block)
+    sums, dx = scan_blocks_late(body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like), rows, block=block)
     return dx.reshape(shape), sums
 
 
@@ -131,8 +133,7 @@ def has_blocks(x: jax.Array) -> bool:
 
 def check_features(name: str, x: Any, **parameters: Any) -> None:
     """Raises unless x is real and floating, with a last axis, and each parameter is None or has the shape of that axis."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name}: x is of dtype {x.dtype}, but must be of a real floating-point dtype: cast it, x.astype('float32')")
+    check_floating(name, x=x)
     if x.ndim == 0:
         raise ValueError(f"{name}: x is a scalar, but needs a last axis of features")
     for key, value in parameters.items():
@@ -145,8 +146,7 @@ def check_sum(name: str, x: Any, residual: Any, **parameters: Any) -> None:
     check_features(name, x, **parameters)
     if residual.shape != x.shape:
         raise ValueError(f"{name}: residual has shape {residual.shape}, but x has shape {x.shape}: broadcast one to the other")
-    if not jnp.issubdtype(residual.dtype, jnp.floating):
-        raise TypeError(f"{name}: residual is of dtype {residual.dtype}, but must be of a real floating-point dtype")
+    check_floating(name, residual=residual)
 
 
 def check_epsilon(name: str, epsilon: float) -> None:

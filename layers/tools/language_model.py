@@ -37,6 +37,8 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attention(self.norm_1(x), is_causal=True)
+        if isinstance(self.mlp, layers.MLP):
+            return x + self.mlp(x, self.norm_2.scale[...], self.norm_2.epsilon)
         return x + self.mlp(self.norm_2(x))
 
 

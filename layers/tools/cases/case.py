@@ -95,7 +95,7 @@ def _installed(package: str) -> bool:
 
 def _torch_run(fn: Fn, cotangent: Any, *args: Any) -> Callable[[], Any]:
     torch: Any = importlib.import_module("torch")
-    tensors = [torch.from_numpy(np.array(x)) for x in args]
+    tensors = [_as_tensor(torch, x) for x in args]
     gradient = torch.from_numpy(np.array(cotangent))
     moving = [t.requires_grad_() for t in tensors if t.is_floating_point()]
 
@@ -103,6 +103,12 @@ def _torch_run(fn: Fn, cotangent: Any, *args: Any) -> Callable[[], Any]:
         return torch.autograd.grad(fn(torch, *tensors), moving, gradient)
 
     return run
+
+
+def _as_tensor(torch: Any, x: jax.Array) -> Any:
+    if x.dtype == jnp.bfloat16:  # NumPy's is not torch's
+        return torch.from_numpy(np.array(x.astype(jnp.float32))).to(torch.bfloat16)
+    return torch.from_numpy(np.array(x))
 
 
 def normal(*shapes: tuple[int, ...]) -> tuple[jax.Array, ...]:

@@ -35,6 +35,11 @@ def _labels(rows: int, vocab: int) -> jax.Array:
     return jax.random.randint(jax.random.key(1), (rows,), 0, vocab)
 
 
+def _plain_smoothed(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    wide = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy(wide, optax.smooth_labels(jax.nn.one_hot(labels, wide.shape[-1]), 0.1)).mean()
+
+
 def _plain_jsd(x: Any, kernel: Any, teacher_x: Any, teacher_kernel: Any) -> Any:
     log_q = jax.nn.log_softmax(x @ kernel)
     log_p = jax.nn.log_softmax(lax.stop_gradient(teacher_x @ teacher_kernel))
@@ -53,6 +58,14 @@ CASES = (
         lambda a, y: optax.softmax_cross_entropy_with_integer_labels(a, y).mean(),
         lambda a, y: softmax_cross_entropy(a, y),
         peers=(("torch", lambda torch, a, y: torch.nn.functional.cross_entropy(a, y.long())),),
+    ),
+    Case(
+        "softmax_cross_entropy_smoothed",
+        "cross entropy of bfloat16 logits with label smoothing, 4096 x 32000",
+        lambda: (normal((4096, 32000))[0].astype(jnp.bfloat16), _labels(4096, 32000)),
+        _plain_smoothed,
+        lambda a, y: softmax_cross_entropy(a, y, label_smoothing=0.1),
+        peers=(("torch", lambda torch, a, y: torch.nn.functional.cross_entropy(a, y.long(), label_smoothing=0.1).float()),),
     ),
     Case(
         "linear_jsd",

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from layers.mlp.gated_mlp import gated_mlp
 from layers.mlp.mlp import mlp
-from layers.norms.rms_norm import rms_norm
 from layers.tools.cases.case import Case, normal
 
 ROWS, FEATURES, HIDDEN = 8192, 512, 2048
@@ -49,7 +48,7 @@ def _block(x: Any, scale: Any, *kernels: Any) -> Any:
 
 
 def _our_block(x: Any, scale: Any, *kernels: Any, save: str) -> Any:
-    return x + gated_mlp(rms_norm(x, scale, epsilon=1e-6), *kernels, save=save)
+    return x + gated_mlp(x, *kernels, save=save, norm_scale=scale, epsilon=1e-6)
 
 
 def _stack_args() -> tuple[Any, ...]:
