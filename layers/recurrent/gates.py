@@ -1,7 +1,8 @@
 """What the gated recurrent layers share: time in order and in chunks, products that add up wide, states that are held over padding.
 
-Inside a rule, time is the first axis and steps come in the order in which they are run. A chunk is a group of successive steps, all of whose
-gates are computed by one matrix product: it bounds what is alive at once, and keeps the sum over time of a weight's gradient in one product.
+A chunk is a group of successive steps: it bounds what is alive at once, and what needs no loop over steps is one matrix product for all of its
+steps. Within a chunk time is the first axis, steps come in the order in which they are run, and each gate has arrays of its own: XLA's CPU
+compiler does not vectorise a loop's step that takes an array apart along its last axis.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from jax import lax
 
 from layers.core.blocks import block_size
 from layers.core.numerics import wide
-from layers.recurrent.loops import scan
 
-CHUNK_BYTES = 1 << 23
+CHUNK_BYTES = 1 << 21
 """Of the float32 gates of one chunk."""
 SAVES = ("states", "gates")
 
@@ -47,22 +47,36 @@ class Plan:
         target = CHUNK_BYTES // max(4 * batch * gates, 1)
         return Plan(steps=block_size(time, min(max(target, 16), 128)), **options)
 
-    def run_order(self, x: jax.Array) -> jax.Array:
-        """(time, batch, features) in the order of the run, from the order of the arguments."""
-        x = x if self.time_major else jnp.moveaxis(x, 1, 0)
+    def time(self, x: jax.Array) -> int:
+        """The steps of `x`."""
+        return x.shape[self._axis]
+
+    def cut(self, x: jax.Array, start: Any, size: int) -> jax.Array:
+        """The chunk of `size` steps from step `start` of the run on, (time, batch, features)."""
+        x = lax.dynamic_slice_in_dim(x, self._first(x, start, size), size, self._axis)
+        x = jnp.moveaxis(x, self._axis, 0)
         return jnp.flip(x, 0) if self.reverse else x
 
-    def given_order(self, x: jax.Array) -> jax.Array:
-        """The inverse of `run_order`."""
-        x = jnp.flip(x, 0) if self.reverse else x
-        return x if self.time_major else jnp.moveaxis(x, 0, 1)
+    def put(self, into: jax.Array, x: jax.Array, start: Any) -> jax.Array:
+        """`into` with a chunk put in, the inverse of `cut`."""
+        first = self._first(into, start, x.shape[0])
+        x = jnp.moveaxis(jnp.flip(x, 0) if self.reverse else x, 0, self._axis)
+        return lax.dynamic_update_slice_in_dim(into, x.astype(into.dtype), first, self._axis)
 
-    def keep(self, lengths: Any, time: int) -> Any:
-        """(time, batch, 1) in the order of the run: whether a step lies within its sequence; None where all do."""
+    def keep(self, x: jax.Array, lengths: Any, start: Any, size: int) -> Any:
+        """(time, batch, 1) of a chunk of `x`: whether a step lies within its sequence; None where all do."""
         if lengths is None:
             return None
-        step = jnp.arange(time)[:, None, None]
+        step = self._first(x, start, size) + jnp.arange(size)[:, None, None]
         return (jnp.flip(step, 0) if self.reverse else step) < lengths[:, None]
+
+    @property
+    def _axis(self) -> int:
+        return 0 if self.time_major else 1
+
+    def _first(self, x: jax.Array, start: Any, size: int) -> Any:
+        """Where a chunk of the run lies in `x`."""
+        return self.time(x) - start - size if self.reverse else start
 
     def kept(self, gates: tuple[jax.Array, ...], dtype: Any) -> tuple[jax.Array, ...] | None:
         """What forward keeps of the gates of a step."""
@@ -84,15 +98,22 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=wide(kernel.dtype))
 
 
+def gate_products(x: jax.Array, kernel: jax.Array, bias: Any, gates: int) -> list[jax.Array]:
+    """`x @ kernel + bias` of each gate."""
+    biases = [None] * gates if bias is None else jnp.split(bias, gates)
+    return [add_bias(product(x, k), b) for k, b in zip(jnp.split(kernel, gates, -1), biases, strict=True)]
+
+
 def summed_product(x: jax.Array, da: jax.Array, like: jax.Array) -> jax.Array:
     """Σ xᵀ da over time and batch: the gradient of a kernel `like` this one, float32 or wider.
 
-    In up to four parts of the time, added at the end: the rounding error of a sum in one go grows with its length.
+    In two or four parts of the time, added at the end: the rounding error of a sum in one go grows with its length.
     """
-    x, da, size = x.astype(like.dtype), da.astype(like.dtype), x.shape[0] // math.gcd(x.shape[0], 4)
+    parts = math.gcd(x.shape[0], 4 if x.shape[0] * x.shape[1] >= 1024 else 2)
+    x, da, size = x.astype(like.dtype), da.astype(like.dtype), x.shape[0] // parts
     both = (((0, 1), (0, 1)), ((), ()))
-    parts = [(x[t : t + size], da[t : t + size]) for t in range(0, x.shape[0], size)]
-    return functools.reduce(jnp.add, (lax.dot_general(*p, both, preferred_element_type=wide(like.dtype)) for p in parts))
+    pieces = [(x[t : t + size], da[t : t + size]) for t in range(0, x.shape[0], size)]
+    return functools.reduce(jnp.add, (lax.dot_general(*p, both, preferred_element_type=wide(like.dtype)) for p in pieces))
 
 
 def zero_sums(parameters: Sequence[Any], wanted: Sequence[bool]) -> tuple[Any, ...]:
@@ -112,40 +133,3 @@ def add_bias(z: jax.Array, bias: Any) -> jax.Array:
 def before(start: jax.Array, states: jax.Array) -> jax.Array:
     """The state before each step, from that before the first one and those after each."""
     return jnp.concatenate([start[None].astype(states.dtype), states[:-1]])
-
-
-def scan_chunks(
-    body: Callable[..., tuple[Any, Any]], carry: Any, rows: Any, starts: Any = None, *, steps: int, reverse: bool = False
-) -> tuple[Any, Any]:
-    """Folds `body` over chunks of time.
-
-    Args:
-        body: `(carry, rows, start) -> (carry, outs)` with the rows of one chunk, and what `starts` has for it with a first axis of 1.
-        carry: where it starts.
-        rows: a pytree of arrays with time as first axis.
-        starts: a pytree of arrays with one entry a chunk.
-        steps: in a chunk; the last one may have fewer.
-        reverse: whether the last chunk comes first.
-
-    Returns:
-        The last carry, and `outs` of all chunks one after the other.
-    """
-    time = jax.tree.leaves(rows)[0].shape[0]
-    full = time // steps
-    chunks = jax.tree.map(lambda x: x[: full * steps].reshape(full, steps, *x.shape[1:]), rows)
-    rest = jax.tree.map(lambda x: x[full * steps :], rows)
-    chunk_starts, rest_start = jax.tree.map(lambda x: x[:full, None], starts), jax.tree.map(lambda x: x[full:], starts)
-    outs: list[Any] = []
-
-    def run_rest(carry: Any) -> Any:
-        carry, out = body(carry, rest, rest_start)
-        outs.append(out)
-        return carry
-
-    ragged = full * steps < time
-    carry = run_rest(carry) if ragged and reverse else carry
-    if full:
-        carry, out = scan(lambda c, now: body(c, *now), carry, (chunks, chunk_starts), reverse=reverse)
-        outs.insert(0, jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), out))
-    carry = run_rest(carry) if ragged and not reverse else carry
-    return carry, outs[0] if len(outs) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)

@@ -19,6 +19,7 @@ Reference: Cho et al., "Learning Phrase Representations using RNN Encoder-Decode
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -30,8 +31,8 @@ from jaxtyping import Array, Float, Int
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
-from layers.recurrent.gates import Plan, add_bias, add_wanted, before, hold, product, scan_chunks, summed_product, visible, zero_sums
-from layers.recurrent.loops import scan
+from layers.recurrent.gates import Plan, add_bias, add_wanted, before, gate_products, hold, product, summed_product, visible, zero_sums
+from layers.recurrent.loops import fold_chunks, scan
 from layers.recurrent.sequences import prepare
 from layers.recurrent.whole_sequences import KnownCell, WholeSequences
 
@@ -39,8 +40,8 @@ from layers.recurrent.whole_sequences import KnownCell, WholeSequences
 class GRUFunction(Function):
     @staticmethod
     def forward(ctx, x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, plan):
-        y, h, *kept = _run(x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, plan=plan)
-        ctx.save_for_backward(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, y, *kept)
+        y, h, kept = _run(x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, plan=plan)
+        ctx.save_for_backward(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, y, kept)
         ctx.plan = plan
         return y, h
 
@@ -58,26 +59,30 @@ class GRUFunction(Function):
 
 @partial(jax.jit, static_argnames="plan")
 def _run(x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, *, plan: Plan):
-    """The outputs, the last state, the state before each chunk, and the gates if they are to be kept."""
+    """The outputs, the last state, and for each chunk the state before it and the gates if they are to be kept."""
 
     def step(h, now):
         a, keep = now
-        _, z, n, _ = activated = _activate(a, add_bias(product(h, recurrent_kernel), recurrent_bias))
+        u = jnp.split(add_bias(product(h, recurrent_kernel), recurrent_bias), 3, -1)
+        _, z, n, _ = activated = _activate(a, u)
         after = hold(keep, ((1 - z) * n + z * h).astype(h.dtype), h)
         return after, (after, plan.kept(activated, recurrent_kernel.dtype))
 
-    def chunk(h, rows, _):
-        x, keep = rows
-        after, outs = scan(step, h, (add_bias(product(visible(x, keep), input_kernel), bias), keep))
-        return after, (*outs, h[None])
+    def chunk(carry, start, size, _):
+        before, outputs = carry
+        keep = plan.keep(x, lengths, start, size)
+        a = gate_products(visible(plan.cut(x, start, size), keep), input_kernel, bias, 3)
+        after, (states, activated) = scan(step, before, (a, keep), beside=(recurrent_kernel, recurrent_bias))
+        return (after, plan.put(outputs, states, start)), (before, activated)
 
-    xs = plan.run_order(x)
-    h, (states, activated, starts) = scan_chunks(chunk, h, (xs, plan.keep(lengths, len(xs))), steps=plan.steps)
-    return plan.given_order(states), h, starts, activated
+    carry = h, jnp.zeros((*x.shape[:2], h.shape[-1]), h.dtype)
+    beside = x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths
+    (h, outputs), kept = fold_chunks(chunk, carry, plan.time(x), plan.steps, beside=beside)
+    return outputs, h, kept
 
 
 @partial(jax.jit, static_argnames=("plan", "needs"))
-def _run_back(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, y, starts, activated, dy, dh, *, plan: Plan, needs: tuple[bool, ...]):
+def _run_back(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, y, kept, dy, dh, *, plan: Plan, needs: tuple[bool, ...]):
     """The gradients of x, both kernels, both biases and the state."""
     dtype, back_kernel = wide(y.dtype), recurrent_kernel.T
 
@@ -88,29 +93,30 @@ def _run_back(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, 
         da = visible(jnp.concatenate([dn * u * r * (1 - r), dh * (h - n) * z * (1 - z), dn], -1), keep)
         return hold(keep, dh * z + product(_recurrent(da, r), back_kernel).astype(dtype), dh), da
 
-    def chunk(carry, rows, start):
-        dh, sums = carry
-        dy, x, y, keep, activated = rows
-        x, h = visible(x, keep), before(start[0], y)
+    def chunk(carry, start, size, kept):
+        (dh, sums, into), (h_start, activated) = carry, kept
+        keep = plan.keep(x, lengths, start, size)
+        inputs, h = visible(plan.cut(x, start, size), keep), before(h_start, plan.cut(y, start, size))
         if activated is None:
-            activated = _activate(add_bias(product(x, input_kernel), bias), add_bias(product(h, recurrent_kernel), recurrent_bias))
+            activated = _activate(gate_products(inputs, input_kernel, bias, 3), gate_products(h, recurrent_kernel, recurrent_bias, 3))
         activated = jax.tree.map(lambda a: a.astype(dtype), activated)
-        dh, da = scan(step, dh, (dy, activated, h.astype(dtype), keep), reverse=True)
+        dh, da = scan(step, dh, (plan.cut(dy, start, size), activated, h.astype(dtype), keep), reverse=True, beside=back_kernel)
         du = _recurrent(da, activated[0])
-        kernels = (lambda: summed_product(x, da, input_kernel), lambda: summed_product(h, du, recurrent_kernel))
+        kernels = (lambda: summed_product(inputs, da, input_kernel), lambda: summed_product(h, du, recurrent_kernel))
         sums = add_wanted(sums, (*kernels, lambda: da.sum((0, 1)), lambda: du.sum((0, 1))))
-        return (dh, sums), product(da, input_kernel.T).astype(x.dtype) if needs[0] else None
+        into = None if into is None else plan.put(into, product(da, input_kernel.T), start)
+        return (dh, sums, into), None
 
-    xs = plan.run_order(x)
-    rows = plan.run_order(dy), xs, plan.run_order(y), plan.keep(lengths, len(xs)), activated
-    carry = dh.astype(dtype), zero_sums((input_kernel, recurrent_kernel, bias, recurrent_bias), needs[1:5])
-    (dh, sums), dx = scan_chunks(chunk, carry, rows, starts, steps=plan.steps, reverse=True)
-    return None if dx is None else plan.given_order(dx), *sums, dh
+    sums = zero_sums((input_kernel, recurrent_kernel, bias, recurrent_bias), needs[1:5])
+    carry = dh.astype(dtype), sums, jnp.zeros_like(x) if needs[0] else None
+    beside = x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, y, dy
+    (dh, sums, dx), _ = fold_chunks(chunk, carry, plan.time(x), plan.steps, kept, reverse=True, beside=beside)
+    return dx, *sums, dh
 
 
-def _activate(a: jax.Array, u: jax.Array) -> tuple[jax.Array, ...]:
+def _activate(a: Sequence[jax.Array], u: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """r, z, n and the part u_n of `u`."""
-    (a_r, a_z, a_n), (u_r, u_z, u_n) = jnp.split(a, 3, -1), jnp.split(u, 3, -1)
+    (a_r, a_z, a_n), (u_r, u_z, u_n) = a, u
     r = jax.nn.sigmoid(a_r + u_r)
     return r, jax.nn.sigmoid(a_z + u_z), jnp.tanh(a_n + r * u_n), u_n
 

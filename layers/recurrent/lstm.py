@@ -20,6 +20,7 @@ Reference: Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997; Gers et a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -31,8 +32,8 @@ from jaxtyping import Array, Float, Int
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
-from layers.recurrent.gates import Plan, add_bias, add_wanted, before, hold, product, scan_chunks, summed_product, visible, zero_sums
-from layers.recurrent.loops import scan
+from layers.recurrent.gates import Plan, add_wanted, before, gate_products, hold, product, summed_product, visible, zero_sums
+from layers.recurrent.loops import fold_chunks, scan
 from layers.recurrent.sequences import prepare
 from layers.recurrent.whole_sequences import KnownCell, WholeSequences
 
@@ -40,8 +41,8 @@ from layers.recurrent.whole_sequences import KnownCell, WholeSequences
 class LSTMFunction(Function):
     @staticmethod
     def forward(ctx, x, input_kernel, recurrent_kernel, bias, c, h, lengths, plan):
-        y, c, h, *kept = _run(x, input_kernel, recurrent_kernel, bias, c, h, lengths, plan=plan)
-        ctx.save_for_backward(x, input_kernel, recurrent_kernel, bias, lengths, y, *kept)
+        y, c, h, kept = _run(x, input_kernel, recurrent_kernel, bias, c, h, lengths, plan=plan)
+        ctx.save_for_backward(x, input_kernel, recurrent_kernel, bias, lengths, y, kept)
         ctx.plan = plan
         return y, c, h
 
@@ -59,27 +60,30 @@ class LSTMFunction(Function):
 
 @partial(jax.jit, static_argnames="plan")
 def _run(x, input_kernel, recurrent_kernel, bias, c, h, lengths, *, plan: Plan):
-    """The outputs, both last states, both states before each chunk, and the gates if they are to be kept."""
+    """The outputs, both last states, and for each chunk both states before it and the gates if they are to be kept."""
 
     def step(carry, now):
         (c, h), (a, keep) = carry, now
-        i, f, g, o = activated = _activate(a + product(h, recurrent_kernel))
+        i, f, g, o = activated = _activate(a, jnp.split(product(h, recurrent_kernel), 4, -1))
         after = f * c + i * g
         carry = hold(keep, (after, (o * jnp.tanh(after)).astype(h.dtype)), carry)
         return carry, (carry[1], plan.kept(activated, recurrent_kernel.dtype))
 
-    def chunk(carry, rows, _):
-        x, keep = rows
-        after, outs = scan(step, carry, (add_bias(product(visible(x, keep), input_kernel), bias), keep))
-        return after, (*outs, jax.tree.map(lambda s: s[None], carry))
+    def chunk(carry, start, size, _):
+        before, outputs = carry
+        keep = plan.keep(x, lengths, start, size)
+        a = gate_products(visible(plan.cut(x, start, size), keep), input_kernel, bias, 4)
+        after, (states, activated) = scan(step, before, (a, keep), beside=recurrent_kernel)
+        return (after, plan.put(outputs, states, start)), (before, activated)
 
-    xs = plan.run_order(x)
-    carry, (states, activated, starts) = scan_chunks(chunk, (c.astype(wide(c.dtype)), h), (xs, plan.keep(lengths, len(xs))), steps=plan.steps)
-    return plan.given_order(states), carry[0].astype(h.dtype), carry[1], starts, activated
+    carry = (c.astype(wide(c.dtype)), h), jnp.zeros((*x.shape[:2], h.shape[-1]), h.dtype)
+    beside = x, input_kernel, recurrent_kernel, bias, lengths
+    ((last, h), outputs), kept = fold_chunks(chunk, carry, plan.time(x), plan.steps, beside=beside)
+    return outputs, last.astype(c.dtype), h, kept
 
 
 @partial(jax.jit, static_argnames=("plan", "needs"))
-def _run_back(x, input_kernel, recurrent_kernel, bias, lengths, y, starts, activated, dy, dc, dh, *, plan: Plan, needs: tuple[bool, ...]):
+def _run_back(x, input_kernel, recurrent_kernel, bias, lengths, y, kept, dy, dc, dh, *, plan: Plan, needs: tuple[bool, ...]):
     """The gradients of x, both kernels, bias and both states."""
     dtype, back_kernel = wide(y.dtype), recurrent_kernel.T
 
@@ -92,27 +96,29 @@ def _run_back(x, input_kernel, recurrent_kernel, bias, lengths, y, starts, activ
         da = visible(da, keep)
         return hold(keep, (dc * f, product(da, back_kernel).astype(dtype)), held), da
 
-    def chunk(carry, rows, start):
-        state, sums = carry
-        dy, x, y, keep, activated = rows
-        x, h = visible(x, keep), before(start[1][0], y)
+    def chunk(carry, start, size, kept):
+        (state, sums, into), ((c_start, h_start), activated) = carry, kept
+        keep = plan.keep(x, lengths, start, size)
+        inputs, h = visible(plan.cut(x, start, size), keep), before(h_start, plan.cut(y, start, size))
         if activated is None:
-            activated = _activate(add_bias(product(x, input_kernel) + product(h, recurrent_kernel), bias))
+            activated = _activate(gate_products(inputs, input_kernel, bias, 4), gate_products(h, recurrent_kernel, None, 4))
         activated = jax.tree.map(lambda a: a.astype(dtype), activated)
-        c_before, c = _cells(start[0][0], activated, keep)
-        state, da = scan(step, state, (dy, activated, c_before, jnp.tanh(c), keep), reverse=True)
-        terms = (lambda: summed_product(x, da, input_kernel), lambda: summed_product(h, da, recurrent_kernel), lambda: da.sum((0, 1)))
-        return (state, add_wanted(sums, terms)), product(da, input_kernel.T).astype(x.dtype) if needs[0] else None
+        c_before, c = _cells(c_start, activated, keep)
+        rows = plan.cut(dy, start, size), activated, c_before, jnp.tanh(c), keep
+        state, da = scan(step, state, rows, reverse=True, beside=back_kernel)
+        terms = (lambda: summed_product(inputs, da, input_kernel), lambda: summed_product(h, da, recurrent_kernel), lambda: da.sum((0, 1)))
+        into = None if into is None else plan.put(into, product(da, input_kernel.T), start)
+        return (state, add_wanted(sums, terms), into), None
 
-    xs = plan.run_order(x)
-    rows = plan.run_order(dy), xs, plan.run_order(y), plan.keep(lengths, len(xs)), activated
-    carry = (dc.astype(dtype), dh.astype(dtype)), zero_sums((input_kernel, recurrent_kernel, bias), needs[1:4])
-    ((dc, dh), sums), dx = scan_chunks(chunk, carry, rows, starts, steps=plan.steps, reverse=True)
-    return None if dx is None else plan.given_order(dx), *sums, dc, dh
+    sums = zero_sums((input_kernel, recurrent_kernel, bias), needs[1:4])
+    carry = (dc.astype(dtype), dh.astype(dtype)), sums, jnp.zeros_like(x) if needs[0] else None
+    beside = x, input_kernel, recurrent_kernel, bias, lengths, y, dy
+    (state, sums, dx), _ = fold_chunks(chunk, carry, plan.time(x), plan.steps, kept, reverse=True, beside=beside)
+    return dx, *sums, *state
 
 
-def _activate(a: jax.Array) -> tuple[jax.Array, ...]:
-    i, f, g, o = jnp.split(a, 4, -1)
+def _activate(a: Sequence[jax.Array], u: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    i, f, g, o = (p + q for p, q in zip(a, u, strict=True))
     return jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
 
 

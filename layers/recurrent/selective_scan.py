@@ -87,13 +87,13 @@ class SelectiveScanFunction(Function):
             after, da, dd, dbias, buffers = carry
             chunk = _Chunk.of(x, start, size, ctx.softplus)
             dy = cut(dout, start, size, after.dtype)
-            decayed, h = _states(a, chunk, state)
+            fade, decayed, h = _states(a, chunk, state)
             dz = None
             if chunk.z is not None:
                 y = _read(h, chunk.c) + d * chunk.u
                 dz, dy = dy * y * _silu_slope(chunk.z), dy * jax.nn.silu(chunk.z)
             dc = jnp.einsum("tbnd,tbd->tbn", h, dy)
-            after, dh = _gradients_of_states(a, chunk, dy, after)
+            after, dh = _gradients_of_states(fade, chunk, dy, after)
             w, r = dh * decayed, _read(dh, chunk.b)
             drate = r * chunk.u + (w * a).sum(2)
             ddelta = drate * jax.nn.sigmoid(chunk.raw) if ctx.softplus else drate
@@ -153,27 +153,28 @@ def _forward(x: Inputs, softplus: bool, size: int) -> tuple[jax.Array, jax.Array
     return out, jnp.swapaxes(last, 1, 2), starts
 
 
-def _states(a: jax.Array, chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """exp(d_t A) h_{t-1} and h_t for the steps of a chunk."""
+def _states(a: jax.Array, chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """exp(d_t A), exp(d_t A) h_{t-1} and h_t for the steps of a chunk."""
 
     def one(h, t):
         rate, drive, b = t
-        decayed = jnp.exp(rate[:, None] * a) * h
+        fade = jnp.exp(rate[:, None] * a)
+        decayed = fade * h
         h = decayed + drive[:, None] * b[:, :, None]
-        return h, (decayed, h)
+        return h, (fade, decayed, h)
 
     return scan(one, state, (chunk.rate, chunk.drive, chunk.b), beside=a)[1]
 
 
-def _gradients_of_states(a: jax.Array, chunk: _Chunk, dy: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gradients_of_states(fade: jax.Array, chunk: _Chunk, dy: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
     """exp(d A) l at the first step of a chunk, and l_t, the gradient of h_t, for each; `after` is the former of the chunk after it."""
 
     def one(after, t):
-        rate, c, dy = t
+        fade, c, dy = t
         dh = after + c[:, :, None] * dy[:, None]
-        return jnp.exp(rate[:, None] * a) * dh, dh
+        return fade * dh, dh
 
-    return scan(one, after, (chunk.rate, chunk.c, dy), reverse=True, beside=a)
+    return scan(one, after, (fade, chunk.c, dy), reverse=True)
 
 
 def _read(states: jax.Array, weights: jax.Array) -> jax.Array:
