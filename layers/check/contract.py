@@ -67,7 +67,10 @@ class _Skip(Exception):
 
 
 class _Subject:
-    """A layer as a function of its floating-point arrays, a loss of it, and the gradient of that."""
+    """A layer as a function of its floating-point arrays, a loss of it, and the gradient of that.
+
+    What stands beside the layer is computed in NumPy: JAX compiles each operation outside `jax.jit` for each shape, which takes longer than the layer.
+    """
 
     def __init__(self, fn: Any, args: tuple[Any, ...]):
         self.cls = fn if isinstance(fn, type) and issubclass(fn, Function) else None
@@ -107,9 +110,9 @@ class _Subject:
     @functools.cached_property
     def pairs(self) -> tuple[list[Any], list[Any]]:
         """A batch of two of each argument, and the gradient of each, stacked."""
-        batch = [jnp.stack([x, 0.5 * x]) for x in self.moving]
-        halves = self.compiled(*[0.5 * x for x in self.moving])
-        return batch, [jnp.stack(pair) for pair in zip(self.compiled(*self.moving), halves, strict=True)]
+        batch = [_array(np.stack([x, _half(x)])) for x in self.moving]
+        halves = self.compiled(*[_half(x) for x in self.moving])
+        return batch, [np.stack(pair) for pair in zip(self.compiled(*self.moving), halves, strict=True)]
 
 
 def check(fn: Any, *args: Any) -> Report:
@@ -150,7 +153,19 @@ def _is_inexact(x: Any) -> bool:
 
 
 def _weights(y: Any) -> Any:
-    return jnp.cos(jnp.arange(np.size(y), dtype=jnp.float32)).reshape(np.shape(y)).astype(y.dtype)
+    return np.cos(np.arange(np.size(y), dtype=np.float32)).reshape(np.shape(y)).astype(y.dtype)
+
+
+def _array(x: Any, dtype: Any = None) -> jax.Array:
+    return jnp.asarray(np.asarray(x).astype(dtype or x.dtype))
+
+
+def _half(x: Any) -> jax.Array:
+    return _array(np.asarray(x) / 2, x.dtype)
+
+
+def _wide(x: Any) -> jax.Array:
+    return _array(x, np.complex128 if jnp.iscomplexobj(x) else np.float64)
 
 
 def _same(actual: Sequence[Any], expected: Sequence[Any], *, tolerance: float = 2e-4) -> None:
@@ -166,8 +181,7 @@ def _gradient_is_right(s: _Subject) -> str:
     surrogate = getattr(s.cls, "surrogate", None)
     if surrogate is None:
         with jax.enable_x64(True):
-            widened = [jnp.asarray(x, jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64) for x in s.moving]
-            gradcheck(s.outputs, tuple(widened))
+            gradcheck(s.outputs, tuple(_wide(x) for x in s.moving))
         return "as finite differences"
 
     def pulled(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,7 +201,7 @@ def _linear(s: _Subject) -> None:
         return pull([(factor * _weights(y)).astype(y.dtype) for y in outputs])
 
     once, other = (jax.jit(pulled)(jnp.float32(factor)) for factor in (1, -2))
-    _same(other, [-2 * g for g in once])
+    _same(other, [-2 * np.asarray(g) for g in once])
 
 
 def _jit(s: _Subject) -> None:
@@ -205,7 +219,7 @@ def _scan(s: _Subject) -> None:
     def twice(*moved: Any) -> Any:
         return jax.lax.scan(lambda total, _: (total + s.loss(*moved), None), jnp.zeros(()), None, length=2)[0]
 
-    _same(jax.jit(jax.grad(twice, tuple(range(len(s.moving)))))(*s.moving), [2 * g for g in s.expected])
+    _same(jax.jit(jax.grad(twice, tuple(range(len(s.moving)))))(*s.moving), [2 * np.asarray(g) for g in s.expected])
 
 
 def _vmap(s: _Subject) -> None:
@@ -214,28 +228,28 @@ def _vmap(s: _Subject) -> None:
     first = [batch[0], *s.moving[1:]]
     axes = (0, *[None] * (len(first) - 1))
     whole = jax.grad(lambda *x: jax.vmap(s.loss, axes)(*x).sum(), tuple(range(len(first))))
-    one, two = s.compiled(*s.moving), s.compiled(0.5 * s.moving[0], *s.moving[1:])
-    _same(jax.jit(whole)(*first), [jnp.stack([one[0], two[0]]), *[a + b for a, b in zip(one[1:], two[1:], strict=True)]])
+    one, two = (jax.tree.map(np.asarray, s.compiled(x, *s.moving[1:])) for x in (s.moving[0], _half(s.moving[0])))
+    _same(jax.jit(whole)(*first), [np.stack([one[0], two[0]]), *[a + b for a, b in zip(one[1:], two[1:], strict=True)]])
 
 
 def _forward_mode(s: _Subject) -> None:
     if s.cls is not None and s.cls._has_jvp() and hasattr(s.cls, "surrogate"):
         raise _Skip("its tangent is by design not its gradient")
-    tangents = [jnp.cos(3 * x) for x in s.moving]
+    tangents = [_array(np.cos(3 * np.asarray(x)), x.dtype) for x in s.moving]
     slope = jax.jit(lambda x, t: jax.jvp(s.loss, x, t)[1])(s.moving, tangents)
-    inner = sum(jnp.sum(jnp.real(g * t)) for g, t in zip(s.expected, tangents, strict=True))
+    inner = sum(np.sum(np.real(np.asarray(g) * np.asarray(t))) for g, t in zip(s.expected, tangents, strict=True))
     _same([slope], [inner], tolerance=2e-3)
 
 
 def _partial(s: _Subject) -> None:
-    for i, expected in enumerate(s.expected):
-        _same([jax.jit(jax.grad(s.loss, i))(*s.moving)], [expected])
+    each = jax.jit(lambda *moved: [jax.grad(s.loss, i)(*moved) for i in range(len(moved))])
+    _same(each(*s.moving), s.expected)
 
 
 def _dtypes(s: _Subject) -> str:
     worst = {}
     for dtype in (jnp.bfloat16, jnp.float16):
-        moved = [x if jnp.iscomplexobj(x) else x.astype(dtype) for x in s.moving]
+        moved = [x if jnp.iscomplexobj(x) else _array(x, dtype) for x in s.moving]
         given = s.compiled(*moved)
         for x, g in zip(moved, given, strict=True):
             assert g.dtype == x.dtype, f"an argument of {x.dtype} gets a gradient of {g.dtype}"
@@ -255,8 +269,7 @@ HALF_PRECISION_EPS = 16
 def _error_in(s: _Subject, moved: Sequence[Any], given: Sequence[Any]) -> float:
     """The largest relative error (Euclidean norm) of gradients of rounded arguments, beside float64 at the same arguments."""
     with jax.enable_x64(True):
-        widened = [jnp.asarray(x, jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64) for x in moved]
-        exact = [np.asarray(e) for e in jax.jit(s.gradient)(*widened)]
+        exact = [np.asarray(e) for e in jax.jit(s.gradient)(*map(_wide, moved))]
     errors = [np.linalg.norm(np.ravel(np.asarray(g, e.dtype) - e)) / max(np.linalg.norm(np.ravel(e)), 1.0) for g, e in zip(given, exact, strict=True)]
     return float(max(errors, default=0.0))
 
@@ -282,7 +295,7 @@ def _sharding(s: _Subject) -> str:
         lambda scale, *moved: scale * s.loss(*moved)[None], mesh=mesh, in_specs=(spec, *[replicated] * len(s.moving)), out_specs=spec
     )
     total = jax.grad(lambda *x: shared(jnp.array([1.0, 2.0]), *x).sum(), tuple(range(len(s.moving))))
-    _same(jax.jit(total)(*s.moving), [3 * g for g in s.expected])
+    _same(jax.jit(total)(*s.moving), [3 * np.asarray(g) for g in s.expected])
     return "jit, shard_map"
 
 
