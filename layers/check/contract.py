@@ -69,7 +69,7 @@ class _Skip(Exception):
 class _Subject:
     """A layer as a function of its floating-point arrays, a loss of it, and the gradient of that.
 
-    What stands beside the layer is computed in NumPy: JAX compiles each operation outside `jax.jit` for each shape, which takes longer than the layer.
+    What stands beside the layer is computed in NumPy: outside `jax.jit` JAX compiles each operation for each shape, which takes long.
     """
 
     def __init__(self, fn: Any, args: tuple[Any, ...]):
