@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.core.checks import check_floating
 from layers.core.elementwise import ACTIVATIONS
 
 SAVE = ("inputs", "preactivations")
@@ -27,9 +28,7 @@ def check_options(name: str, activation: str, save: str, size: int | None, dtype
 
 def check_arrays(name: str, x: jax.Array, ups: dict[str, jax.Array], down_kernel: jax.Array, **biases: jax.Array | None) -> None:
     """Raises unless all arrays are real and floating and their shapes fit: `ups` are (in_features, hidden), by name."""
-    for key, a in {"x": x, **ups, "down_kernel": down_kernel, **biases}.items():
-        if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
-            raise TypeError(f"{name}: {key} is of dtype {a.dtype}, but must be of a real floating-point dtype: cast it, {key}.astype('float32')")
+    check_floating(name, x=x, **ups, down_kernel=down_kernel, **biases)
     if x.ndim == 0:
         raise ValueError(f"{name}: x is a scalar, but needs a last axis of features")
     if down_kernel.ndim != 2:
@@ -50,8 +49,7 @@ def check_arrays(name: str, x: jax.Array, ups: dict[str, jax.Array], down_kernel
 
 def check_norm(name: str, x: jax.Array, scale: jax.Array | None, epsilon: float) -> None:
     """Raises unless the scale of the norm, where there is one, is real and floating and fits x, and epsilon is not negative."""
-    if scale is not None and not jnp.issubdtype(scale.dtype, jnp.floating):
-        raise TypeError(f"{name}: norm_scale is of dtype {scale.dtype}, but must be of a real floating-point dtype: cast it")
+    check_floating(name, norm_scale=scale)
     if scale is not None and scale.shape != x.shape[-1:]:
         raise ValueError(f"{name}: norm_scale has shape {scale.shape}, but the last axis of x is {x.shape[-1:]} (x: {x.shape})")
     if epsilon < 0:

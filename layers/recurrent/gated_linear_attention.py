@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from layers.core.checks import check_floating
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
@@ -168,9 +169,7 @@ def gated_linear_attention(
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, initial: Any, chunk_size: int) -> None:
     name = "gated_linear_attention"
-    for key, x in {"q": q, "k": k, "v": v, "g": g, "initial_state": initial}.items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name}: {key} is of dtype {x.dtype}, but must be of a real floating-point dtype: cast it")
+    check_floating(name, q=q, k=k, v=v, g=g, initial_state=initial)
     if q.ndim != 4:
         raise ValueError(f"{name}: q has shape {q.shape}, but must be (batch, time, heads, features); use jax.vmap for further axes")
     batch, _, heads, features = q.shape

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from layers.core.checks import check_floating
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
@@ -236,9 +237,7 @@ _NAMES = Inputs("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_st
 
 
 def _check(x: Inputs) -> None:
-    for name, value in zip(_NAMES, x, strict=True):
-        if value is not None and not jnp.issubdtype(value.dtype, jnp.floating):
-            raise TypeError(f"selective_scan: {name} is of dtype {value.dtype}, but must be of a real floating-point dtype: cast it")
+    check_floating("selective_scan", **dict(zip(_NAMES, x, strict=True)))
     if x.u.ndim != 3:
         raise ValueError(f"selective_scan: u has shape {x.u.shape}, but must be (batch, time, features); use jax.vmap for further axes")
     batch, length, features = x.u.shape

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.core.checks import check_floating
 from layers.recurrent.gates import SAVES, Plan
 
 
@@ -67,7 +68,7 @@ def prepare(
     """Checks the arguments of `name`, a cell of so many gates and states; raises ValueError and TypeError."""
     x, kernels = jnp.asarray(x), {key: jnp.asarray(k) for key, k in kernels.items()}
     biases = {key: None if b is None else jnp.asarray(b) for key, b in biases.items()}
-    _check_dtypes(name, {"x": x, **kernels, **biases})
+    check_floating(name, **{"x": x, **kernels, **biases})
     if x.ndim < 2:
         axes = "(time, *batch, features)" if time_major else "(*batch, time, features)"
         raise ValueError(f"{name}: x has shape {x.shape}, but must be {axes}")
@@ -89,12 +90,6 @@ def prepare(
 
 def _with_time(batch: tuple[int, ...], time: int, time_major: bool, features: int) -> tuple[int, ...]:
     return (time, *batch, features) if time_major else (*batch, time, features)
-
-
-def _check_dtypes(name: str, arrays: Mapping[str, Any]) -> None:
-    for key, a in arrays.items():
-        if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
-            raise TypeError(f"{name}: {key} is of dtype {a.dtype}, but must be of a real floating-point dtype: cast it, {key}.astype('float32')")
 
 
 def _check_parameters(name: str, features: int, kernels: Mapping[str, Any], biases: Mapping[str, Any], gates: int) -> int:
@@ -123,7 +118,7 @@ def _check_carry(name: str, carry: Any, states: int, batch: tuple[int, ...], siz
     for s in carry:
         if s.shape != (*batch, hidden):
             raise ValueError(f"{name}: initial_carry holds an array of shape {s.shape}, but must hold (*batch, hidden) = {(*batch, hidden)}")
-    _check_dtypes(name, {"initial_carry": carry[0], "the last of initial_carry": carry[-1]})
+    check_floating(name, **{"initial_carry": carry[0], "the last of initial_carry": carry[-1]})
     dtype = jnp.result_type(dtype, *carry)
     return tuple(s.reshape(size, hidden).astype(dtype) for s in carry)
 
