@@ -14,6 +14,9 @@ Forward mode, the same read the other way, with ṡ = slope scale (q̇ kᵀ + q 
 
     lsė = Σ p ṡ + exp(sink - lse) siṅk,   ouṫ = Σ (m p ṡ) v + Σ (m p) v̇ - lsė out
 
+The loop of backward takes the tiles of a block of keys one after the other. In 16 bits dk and dv of the block are added up in a float32 array
+of its size, and only dq in one of all queries.
+
 A query that sees no key has lse = -inf, out = 0 and no gradient.
 
 Saved: q, k, v, bias, sinks, masks (all arguments), out and lse, one number for each query and head; in 16 bits also what rounding took
@@ -36,6 +39,7 @@ from layers.attention.tiles import Grid, Hidden, Options, Tile, dot, merge_heads
 from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.recompute import barrier
+from layers.core.zeros import zero_after
 
 
 class DotProductAttentionFunction(Function):
@@ -57,9 +61,7 @@ class DotProductAttentionFunction(Function):
 
         largest, total = (jnp.broadcast_to(x, q.shape[:3]) for x in _before_any_key(sinks, dtype))
         largest, total, out = grid.fold(step, (largest, total, jnp.zeros((*q.shape[:3], v.shape[3]), dtype)))
-        exact = out * safe_reciprocal(total)[..., None]
-        out = exact.astype(q.dtype)
-        lost = None if out.dtype == dtype else (exact - out).astype(q.dtype)
+        out, lost = _normalized(grid, out, total, q.dtype)
         lse = jnp.where(total > 0, largest + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
         ctx.save_for_backward(q, k, v, bias, sinks, hidden, out, lost, lse)
         ctx.options = options
@@ -69,26 +71,29 @@ class DotProductAttentionFunction(Function):
     def backward(ctx, dout, dlse):
         (q, k, v, bias, sinks, hidden, out, lost, lse), (dout, dlse) = barrier(ctx.saved_tensors, (dout, dlse))
         grid, dtype = Grid.of(q, k, hidden, ctx.options), wide(q.dtype)
-        delta = jnp.sum(dout.astype(dtype) * _exact(out, lost, dtype), -1) - dlse
+        delta = _sums_of_products(grid, dout, out, lost, dtype) - dlse
         wants_bias = bias is not None and ctx.needs_input_grad[3]
 
         def step(carry, tile: Tile):
-            dq, dk, dv, dbias = carry
+            dq, dbias, (dk, of_k), (dv, of_v) = carry
             qt, kt, doutt = tile.queries(q), tile.keys(k), tile.queries(dout)
             p, slope = _weights(tile, qt, kt, bias, lse)
             multiplier = tile.multiplier(dtype)
-            dv = tile.add(dv, dot("bkgqs,bkgqh->bskh", _times(p, multiplier), doutt), 1)
+            dv, of_v = tile.add_up(dv, of_v, dot("bkgqs,bkgqh->bskh", _times(p, multiplier), doutt), 1)
             dp = _times(dot("bkgqh,bskh->bkgqs", doutt, tile.keys(v)), multiplier)
             ds = p * (dp - tile.queries(delta)[..., None])
             if wants_bias:
                 dbias = tile.add_to_plane(dbias, ds)
             ds = slope * ds
             dq = tile.add(dq, merge_heads(dot("bkgqs,bskh->bkgqh", ds, kt)) * ctx.options.scale, 0)
-            dk = tile.add(dk, dot("bkgqs,bkgqh->bskh", ds, qt) * ctx.options.scale, 1)
-            return dq, dk, dv, dbias
+            dk, of_k = tile.add_up(dk, of_k, dot("bkgqs,bkgqh->bskh", ds, qt) * ctx.options.scale, 1)
+            return dq, dbias, (dk, of_k), (dv, of_v)
 
-        start = [jnp.zeros(x.shape, dtype) for x in (q, k, v)]
-        dq, dk, dv, dbias = grid.fold(step, (*start, jnp.zeros(bias.shape, dtype) if wants_bias and bias is not None else None))
+        zero = zero_after(delta)
+        dq = jnp.full(q.shape, zero, dtype)
+        dbias = jnp.full(bias.shape, zero, dtype) if wants_bias and bias is not None else None
+        dk, dv = ((jnp.full(x.shape, zero, x.dtype), grid.start_total(x, dtype, zero, 1)) for x in (k, v))
+        dq, dbias, (dk, _), (dv, _) = grid.fold(step, (dq, dbias, dk, dv), outer=1)
         dsinks = None if sinks is None else -jnp.sum(_sink_weights(sinks, lse) * delta, (0, 1))
         return dq, dk, dv, dbias, dsinks, None, None
 
@@ -137,6 +142,32 @@ def _before_any_key(sinks: jax.Array | None, dtype: Any) -> tuple[jax.Array, jax
 
 def _finite_above(sinks: jax.Array, dtype: Any) -> jax.Array:
     return jnp.minimum(sinks.astype(dtype), jnp.finfo(dtype).max / 2)
+
+
+def _normalized(grid: Grid, out: jax.Array, total: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """The output, and what rounding takes from it."""
+    if out.dtype == dtype:
+        return out * safe_reciprocal(total)[..., None], None
+
+    def step(carry, tile: Tile):
+        exact = tile.take(out, 0) * safe_reciprocal(tile.take(total, 0))[..., None]
+        rounded = exact.astype(dtype)
+        return tile.put(carry[0], rounded, 0), tile.put(carry[1], exact - rounded, 0)
+
+    zeros = jnp.zeros(out.shape, dtype)
+    return grid.fold_queries(step, (zeros, zeros))
+
+
+def _sums_of_products(grid: Grid, dout: jax.Array, out: jax.Array, lost: jax.Array | None, dtype: Any) -> jax.Array:
+    """The sum, for each query, of its output times its gradient: in blocks, since XLA on the CPU would first convert all of both to float32."""
+    if lost is None:
+        return jnp.sum(dout * out, -1)
+
+    def step(delta, tile: Tile):
+        exact = _exact(tile.take(out, 0), tile.take(lost, 0), dtype)
+        return tile.put(delta, jnp.sum(tile.take(dout, 0).astype(dtype) * exact, -1), 0)
+
+    return grid.fold_queries(step, jnp.zeros(out.shape[:-1], dtype))
 
 
 def _exact(out: jax.Array, lost: jax.Array | None, dtype: Any) -> jax.Array:

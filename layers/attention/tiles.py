@@ -62,14 +62,19 @@ class Options:
     blocks: tuple[int, int] | None = None
 
 
-def choose_blocks(queries: int, keys: int, head_dim: int, planes: int) -> tuple[int, int]:
-    """The sizes of the blocks of queries and of keys, for as many planes (batch elements times heads)."""
-    rows, columns = min(queries, LARGEST), min(keys, LARGEST)
+def choose_blocks(queries: int, keys: int, head_dim: int, planes: int, narrow: bool = False) -> tuple[int, int]:
+    """The sizes of the blocks of queries and of keys, for as many planes (batch elements times heads); `narrow` for 16-bit queries."""
+    rows, columns, whole = min(queries, LARGEST), min(keys, LARGEST), max(queries, keys) * head_dim
 
     def halved() -> tuple[int, int]:
-        return (-(-rows // 2), columns) if rows >= columns else (rows, -(-columns // 2))
+        return (-(-rows // 2), columns) if rows > columns else (rows, -(-columns // 2))
 
-    while rows * columns > max(queries, keys) * head_dim // 2 and max(rows, columns) > SMALLEST:
+    def large() -> bool:
+        """Whether a tile, or it and the slices that it is made from, are too much of the queries: both are float32."""
+        tile = rows * columns
+        return tile > whole // 2 or tile + (rows + columns) * head_dim > whole * (0.625 if narrow else 1.5)
+
+    while large() and max(rows, columns) > SMALLEST:
         rows, columns = halved()
     while rows * columns * planes > CACHED and max(rows, columns) > EFFICIENT:
         rows, columns = halved()
@@ -95,10 +100,10 @@ def _first_and_last(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Tile:
-    """One tile: takes its part of arrays, adds to it, and computes its scores."""
+    """One tile: takes its part of arrays, adds to it, and computes its scores; `first` where it is the first in its outer block."""
 
-    def __init__(self, grid: Grid, index: Any):
-        self.grid, self.index = grid, index
+    def __init__(self, grid: Grid, index: Any, first: Any = True):
+        self.grid, self.index, self.first = grid, index, first
         self.start = [jnp.minimum(index[i] * grid.blocks[i], grid.lengths[i] - grid.blocks[i]) for i in (0, 1)]
 
     def position(self, side: int) -> jax.Array:
@@ -109,7 +114,18 @@ class Tile:
         if x.shape[axis] == 1:
             return x
         narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
-        return (_slice_bits if narrow else lax.dynamic_slice_in_dim)(x, self.start[side], self.grid.blocks[side], axis)
+        return (_slice_here if narrow else lax.dynamic_slice_in_dim)(x, self.start[side], self.grid.blocks[side], axis)
+
+    def add_up(self, x: jax.Array, total: jax.Array | None, part: jax.Array, side: int) -> tuple[jax.Array, jax.Array | None]:
+        """Adds to `x` by way of `total`, the sum of the parts of one block of the outer side, this one; None to add to `x` itself."""
+        if total is None:
+            return self.add(x, part, side), None
+        total = jnp.where(self.first, 0, total) + part
+        so_far = total.astype(x.dtype)
+        if self.grid.lengths[side] % self.grid.blocks[side]:
+            own = self.position(side) >= self.index[side] * self.grid.blocks[side]
+            so_far = jnp.where(own.reshape(-1, *[1] * (x.ndim - 2)), so_far, self.take(x, side))
+        return self.put(x, so_far, side), total
 
     def put(self, x: jax.Array, part: jax.Array, side: int) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), self.start[side], 1)
@@ -211,33 +227,49 @@ class Grid:
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, hidden: Hidden, options: Options) -> Grid:
         lengths = q.shape[1], k.shape[1]
-        blocks = options.blocks or choose_blocks(*lengths, q.shape[3], q.shape[0] * q.shape[2])
+        blocks = options.blocks or choose_blocks(*lengths, q.shape[3], q.shape[0] * q.shape[2], wide(q.dtype) != q.dtype)
         return cls(lengths, blocks, (q.shape[0], *split_heads(q.shape[2], k.shape[2])), hidden, options)
 
     @property
     def kv_heads(self) -> int:
         return self.planes[1]
 
-    def fold(self, body: Callable[[Any, Tile], Any], carry: Any) -> Any:
-        """`body(carry, tile)` over all tiles. Differentiated once more, it computes each tile's scores again."""
+    def start_total(self, x: jax.Array, dtype: Any, zero: Any, side: int) -> jax.Array | None:
+        """What `Tile.add_up` adds up in: one block of `x`, in a wider dtype; None where `x` has that dtype."""
+        return None if x.dtype == dtype else jnp.full((x.shape[0], self.blocks[side], *x.shape[2:]), zero, dtype)
+
+    def fold(self, body: Callable[[Any, Tile], Any], carry: Any, *, outer: int = 0) -> Any:
+        """`body(carry, tile)` over all tiles, those of a block of the outer side one after the other.
+
+        Differentiated once more, it computes each tile's scores again.
+        """
         tiles = list_tiles(self.lengths, self.blocks, self.options.low, self.options.high)
+        tiles = tiles[np.argsort(tiles[:, outer], kind="stable")]
+        return self._fold(body, carry, tiles, np.diff(tiles[:, outer], prepend=-1) != 0)
+
+    def fold_queries(self, body: Callable[[Any, Tile], Any], carry: Any) -> Any:
+        """`body(carry, tile)` over all blocks of queries, whatever keys they see."""
+        count = -(-self.lengths[0] // self.blocks[0])
+        return self._fold(body, carry, np.arange(count, dtype=np.int32)[:, None] * np.array([1, 0], np.int32), np.ones(count, bool))
+
+    def _fold(self, body: Callable[[Any, Tile], Any], carry: Any, tiles: np.ndarray, first: np.ndarray) -> Any:
         if not len(tiles):
             return carry
-        step = jax.checkpoint(lambda carry, index: body(carry, Tile(self, index)), prevent_cse=False)
-        if any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, jax.eval_shape(step, carry, tiles[0])))):
-            carry = compat.vary_like(carry, lambda c: step(c, tiles[0]))
-        return lax.scan(lambda c, index: (step(c, index), None), carry, jnp.asarray(tiles))[0]
+        step = jax.checkpoint(lambda carry, which: body(carry, Tile(self, *which)), prevent_cse=False)
+        if any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, jax.eval_shape(step, carry, (tiles[0], first[0]))))):
+            carry = compat.vary_like(carry, lambda c: step(c, (tiles[0], first[0])))
+        return lax.scan(lambda c, which: (step(c, which), None), carry, (jnp.asarray(tiles), jnp.asarray(first)))[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _slice_bits(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
-    """`lax.dynamic_slice_in_dim` of 16-bit floats by their bits: XLA's CPU compiler would slice a float32 copy of all of `x`."""
-    return lax.bitcast_convert_type(lax.dynamic_slice_in_dim(lax.bitcast_convert_type(x, jnp.uint16), start, size, axis), x.dtype)
+def _slice_here(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+    """`lax.dynamic_slice_in_dim` in a loop: XLA's CPU compiler would slice a float32 copy of all of a 16-bit `x`, made before the loop."""
+    return lax.dynamic_slice_in_dim(lax.optimization_barrier((x, start))[0], start, size, axis)
 
 
-@_slice_bits.defjvp
-def _slice_bits_jvp(size: int, axis: int, primals: Any, tangents: Any) -> Any:
-    return _slice_bits(*primals, size, axis), lax.dynamic_slice_in_dim(tangents[0], primals[1], size, axis)
+@_slice_here.defjvp
+def _slice_here_jvp(size: int, axis: int, primals: Any, tangents: Any) -> Any:
+    return _slice_here(*primals, size, axis), lax.dynamic_slice_in_dim(tangents[0], primals[1], size, axis)
 
 
 def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:

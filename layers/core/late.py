@@ -1,8 +1,7 @@
 """Loops over blocks of rows, in a backward, that take their memory late.
 
-The sums of a loop and its output start as zeros, which depend on nothing, so XLA's scheduler on the CPU writes those of the backward loops of
-all layers first: a stack of n layers holds n of each at once, beside all that forward keeps. Here the zeros are made of an element of the
-gradient that arrives, and the output is written in place into what is carried along: each loop's memory is taken when its turn comes.
+The sums of a loop and its output start as zeros that XLA cannot write early (`core/zeros.py`), and the output is written in place into what is
+carried along: each loop's memory is taken when its turn comes.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
 from layers.core import compat
 from layers.core.blocks import scan_blocks
 from layers.core.recompute import is_transposing
+from layers.core.zeros import on_one_device, zero_after
 
 
 def scan_blocks_late(body: Callable[..., tuple[Any, Any]], sums: Any, arrays: Any, *, block: int) -> tuple[Any, Any]:
@@ -26,7 +25,7 @@ def scan_blocks_late(body: Callable[..., tuple[Any, Any]], sums: Any, arrays: An
     The same loop as any other where the rows may lie on several devices, and in a rule that is transposed, which must be linear throughout.
     """
     length = jax.tree.leaves(arrays)[0].shape[0]
-    if length < 2 * block or jax.tree.leaves(arrays)[0].size == 0 or is_transposing() or not _on_one_device(arrays):
+    if length < 2 * block or jax.tree.leaves(arrays)[0].size == 0 or is_transposing() or not on_one_device(*jax.tree.leaves(arrays)):
         return scan_blocks(body, sums, arrays, block=block)
     end = length - length % block
 
@@ -39,22 +38,10 @@ def scan_blocks_late(body: Callable[..., tuple[Any, Any]], sums: Any, arrays: An
         return jax.tree.map(lambda x: x[first:last], arrays)
 
     outs = jax.tree.map(lambda y: jax.ShapeDtypeStruct((length, *y.shape[1:]), y.dtype), jax.eval_shape(body, sums, rows(0, block))[1])
-    zero = _late_zero(jax.tree.leaves(arrays)[0])
+    zero = zero_after(jax.tree.leaves(arrays)[0])
     state = jax.tree.map(lambda s: jnp.full(s.shape, zero, s.dtype), (sums, outs))
     if any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((state, arrays))):
         state = compat.vary_like(state, lambda s: step(s, (0, rows(0, block)))[0])
     grouped = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), rows(0, end))
     state, _ = lax.scan(step, state, (jnp.arange(0, end, block), grouped))
     return state if end == length else step(state, (end, rows(end, length)))[0]
-
-
-def _late_zero(after: jax.Array) -> jax.Array:
-    """A zero that XLA cannot tell from its operand."""
-    first = lax.slice(after, (0,) * after.ndim, (1,) * after.ndim).reshape(())
-    return jnp.where(first > 0, -0.0, 0.0)
-
-
-def _on_one_device(arrays: Any) -> bool:
-    """Whether each device has all rows of these arrays, those of its own under `shard_map`."""
-    meshes = [*(jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)), jax.sharding.get_abstract_mesh()]
-    return all(kind == AxisType.Manual for mesh in meshes for kind in mesh.axis_types)
