@@ -100,10 +100,10 @@ def _first_and_last(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Tile:
-    """One tile: takes its part of arrays, adds to it, and computes its scores; `first` where it is the first in its outer block."""
+    """One tile: takes its part of arrays, adds to it, and computes its scores; `first` and `last` where it is that in its outer block."""
 
-    def __init__(self, grid: Grid, index: Any, first: Any = True):
-        self.grid, self.index, self.first = grid, index, first
+    def __init__(self, grid: Grid, index: Any, first: Any = True, last: Any = True):
+        self.grid, self.index, self.first, self.last = grid, index, first, last
         self.start = [jnp.minimum(index[i] * grid.blocks[i], grid.lengths[i] - grid.blocks[i]) for i in (0, 1)]
 
     def position(self, side: int) -> jax.Array:
@@ -117,15 +117,21 @@ class Tile:
         return (_slice_here if narrow else lax.dynamic_slice_in_dim)(x, self.start[side], self.grid.blocks[side], axis)
 
     def add_up(self, x: jax.Array, total: jax.Array | None, part: jax.Array, side: int) -> tuple[jax.Array, jax.Array | None]:
-        """Adds to `x` by way of `total`, the sum of the parts of one block of the outer side, this one; None to add to `x` itself."""
+        """Adds to `x` by way of `total`, the sum of the parts of one block of the outer side, this one; None to add to `x` itself.
+
+        The last tile of the block writes it: XLA's CPU compiler goes through all of a 16-bit `x` to write a part of it.
+        """
         if total is None:
             return self.add(x, part, side), None
         total = jnp.where(self.first, 0, total) + part
-        so_far = total.astype(x.dtype)
-        if self.grid.lengths[side] % self.grid.blocks[side]:
-            own = self.position(side) >= self.index[side] * self.grid.blocks[side]
-            so_far = jnp.where(own.reshape(-1, *[1] * (x.ndim - 2)), so_far, self.take(x, side))
-        return self.put(x, so_far, side), total
+
+        def write(x: jax.Array, whole: jax.Array) -> jax.Array:
+            if self.grid.lengths[side] % self.grid.blocks[side]:
+                own = self.position(side) >= self.index[side] * self.grid.blocks[side]
+                whole = jnp.where(own.reshape(-1, *[1] * (x.ndim - 2)), whole, self.take(x, side))
+            return self.put(x, whole, side)
+
+        return lax.cond(self.last, write, lambda x, _: x, x, total.astype(x.dtype)), total
 
     def put(self, x: jax.Array, part: jax.Array, side: int) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), self.start[side], 1)
@@ -245,20 +251,23 @@ class Grid:
         """
         tiles = list_tiles(self.lengths, self.blocks, self.options.low, self.options.high)
         tiles = tiles[np.argsort(tiles[:, outer], kind="stable")]
-        return self._fold(body, carry, tiles, np.diff(tiles[:, outer], prepend=-1) != 0)
+        ends = np.diff(tiles[:, outer], prepend=-1, append=-1) != 0
+        return self._fold(body, carry, (tiles, ends[:-1], ends[1:]))
 
     def fold_queries(self, body: Callable[[Any, Tile], Any], carry: Any) -> Any:
         """`body(carry, tile)` over all blocks of queries, whatever keys they see."""
         count = -(-self.lengths[0] // self.blocks[0])
-        return self._fold(body, carry, np.arange(count, dtype=np.int32)[:, None] * np.array([1, 0], np.int32), np.ones(count, bool))
+        return self._fold(body, carry, (np.arange(count, dtype=np.int32)[:, None] * np.array([1, 0], np.int32), *[np.ones(count, bool)] * 2))
 
-    def _fold(self, body: Callable[[Any, Tile], Any], carry: Any, tiles: np.ndarray, first: np.ndarray) -> Any:
-        if not len(tiles):
+    def _fold(self, body: Callable[[Any, Tile], Any], carry: Any, tiles: tuple[np.ndarray, ...]) -> Any:
+        """`tiles`: their indices, and whether each is the first and the last of its outer block."""
+        if not len(tiles[0]):
             return carry
+        one = tuple(x[0] for x in tiles)
         step = jax.checkpoint(lambda carry, which: body(carry, Tile(self, *which)), prevent_cse=False)
-        if any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, jax.eval_shape(step, carry, (tiles[0], first[0]))))):
-            carry = compat.vary_like(carry, lambda c: step(c, (tiles[0], first[0])))
-        return lax.scan(lambda c, which: (step(c, which), None), carry, (jnp.asarray(tiles), jnp.asarray(first)))[0]
+        if any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, jax.eval_shape(step, carry, one)))):
+            carry = compat.vary_like(carry, lambda c: step(c, one))
+        return lax.scan(lambda c, which: (step(c, which), None), carry, tuple(map(jnp.asarray, tiles)))[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
