@@ -53,7 +53,7 @@ def _with_times(row: dict[str, Any], before: dict[str, Any] | None) -> dict[str,
         return row
     timed = ("seconds", "spread", "time_ratio", "resident_bytes", "resident_ratio")
     ways = {w: m | {k: before["ways"].get(w, {}).get(k) for k in timed} for w, m in row["ways"].items()}
-    return before | row | {"ways": ways}
+    return before | row | {"ways": ways | {w: m for w, m in before["ways"].items() if m["temp_bytes"] is None}}  # peers are not compiled
 
 
 def _machine(limits: tuple[float, float]) -> dict[str, Any]:

@@ -70,3 +70,10 @@ def test_every_way_of_the_training_step_has_the_same_losses(scan):
             losses[way].append(float(loss))
         np.testing.assert_allclose(losses[way], losses["idiomatic"], rtol=2e-4)
     assert losses["ours"][-1] < losses["ours"][0]
+
+
+def test_row_that_was_only_compiled_keeps_its_times_and_its_peers():
+    old = {"seconds": 1.0, "spread": 0.1, "time_ratio": 1.0, "temp_bytes": 8, "resident_bytes": None, "resident_ratio": None}
+    before = {"name": "x", "ways": {"idiomatic": old, "torch": {**old, "temp_bytes": None}}}
+    after = bench._with_times({"name": "x", "ways": {"idiomatic": {**dict.fromkeys(old), "temp_bytes": 4}}}, before)
+    assert after["ways"] == {"idiomatic": {**old, "temp_bytes": 4}, "torch": before["ways"]["torch"]}
