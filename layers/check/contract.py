@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.check.gradcheck import gradcheck
+from layers.check.gradcheck import gradcheck, is_inexact
 from layers.core.function import Function
 
 
@@ -77,14 +77,14 @@ class _Subject:
         self.fn: Callable[..., Any] = fn if self.cls is None else self.cls.apply
         self.args = args
         leaves, tree = jax.tree.flatten(args)
-        self.places = [i for i, x in enumerate(leaves) if _is_inexact(x)]
+        self.places = [i for i, x in enumerate(leaves) if is_inexact(x)]
         self.moving = [jnp.asarray(leaves[i]) for i in self.places]
 
         def call(fn: Callable[..., Any], *moved: Any) -> list[Any]:
             now = list(leaves)
             for i, x in zip(self.places, moved, strict=True):
                 now[i] = x
-            return [y for y in jax.tree.leaves(fn(*tree.unflatten(now))) if _is_inexact(y)]
+            return [y for y in jax.tree.leaves(fn(*tree.unflatten(now))) if is_inexact(y)]
 
         self.call = call
 
@@ -146,10 +146,6 @@ def _run(title: str, clause: Callable[[_Subject], str | None], subject: _Subject
         return Row(title, "skipped", str(reason))
     except Exception as error:
         return Row(title, "failed", f"{type(error).__name__}: {error}")
-
-
-def _is_inexact(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic)) and jnp.issubdtype(x.dtype, np.inexact)
 
 
 def _weights(y: Any) -> Any:

@@ -12,3 +12,9 @@ def check_floating(name: str, **arrays: Any) -> None:
     for key, x in arrays.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name}: {key} is of dtype {x.dtype}, but must be of a real floating-point dtype: cast it, {key}.astype('float32')")
+
+
+def check_block_size(name: str, size: int | None) -> None:
+    """Raises ValueError unless it is None or at least 1."""
+    if size is not None and size < 1:
+        raise ValueError(f"{name}: block_size is {size}, but a block has at least one row: None chooses")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.core import compat
-from layers.core.blocks import scan_blocks
+from layers.core.blocks import count_rows, scan_blocks
 from layers.core.recompute import is_transposing
 from layers.core.zeros import on_one_device, zero_after
 
@@ -24,8 +24,8 @@ def scan_blocks_late(body: Callable[..., tuple[Any, Any]], sums: Any, arrays: An
 
     The same loop as any other where the rows may lie on several devices, and in a rule that is transposed, which must be linear throughout.
     """
-    length = jax.tree.leaves(arrays)[0].shape[0]
-    if length < 2 * block or jax.tree.leaves(arrays)[0].size == 0 or is_transposing() or not on_one_device(*jax.tree.leaves(arrays)):
+    length, first = count_rows(arrays), jax.tree.leaves(arrays)[0]
+    if length < 2 * block or first.size == 0 or is_transposing() or not on_one_device(*jax.tree.leaves(arrays)):
         return scan_blocks(body, sums, arrays, block=block)
     end = length - length % block
 
@@ -34,11 +34,11 @@ def scan_blocks_late(body: Callable[..., tuple[Any, Any]], sums: Any, arrays: An
         sums, more = body(sums, rows)
         return (sums, jax.tree.map(lambda y, out: lax.dynamic_update_slice_in_dim(y, out, start, 0), outs, more)), None
 
-    def rows(first: int, last: int) -> Any:
-        return jax.tree.map(lambda x: x[first:last], arrays)
+    def rows(start: int, stop: int) -> Any:
+        return jax.tree.map(lambda x: x[start:stop], arrays)
 
     outs = jax.tree.map(lambda y: jax.ShapeDtypeStruct((length, *y.shape[1:]), y.dtype), jax.eval_shape(body, sums, rows(0, block))[1])
-    zero = zero_after(jax.tree.leaves(arrays)[0])
+    zero = zero_after(first)
     state = jax.tree.map(lambda s: jnp.full(s.shape, zero, s.dtype), (sums, outs))
     if any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((state, arrays))):
         state = compat.vary_like(state, lambda s: step(s, (0, rows(0, block)))[0])

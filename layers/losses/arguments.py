@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from layers.core import compat
-from layers.core.checks import check_floating
+from layers.core.checks import check_block_size, check_floating
 from layers.losses.targets import REDUCTIONS, Options
 
 
@@ -42,11 +42,6 @@ def refuse_traced(name: str, **options: Any) -> None:
 def check_reduction(name: str, reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction is {reduction!r}, but must be one of {', '.join(REDUCTIONS)}")
-
-
-def check_block_size(name: str, size: int | None) -> None:
-    if size is not None and size < 1:
-        raise ValueError(f"{name}: block_size is {size}, but a block has at least one row: None chooses")
 
 
 def check_head(name: str, x: Any, kernel: Any, bias: Any, prefix: str = "") -> tuple[jax.Array, jax.Array, jax.Array | None]:

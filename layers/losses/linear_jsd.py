@@ -26,11 +26,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from layers.core.checks import check_block_size
 from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.recompute import barrier
 from layers.losses import rows
-from layers.losses.arguments import as_batch, as_rows, check_block_size, check_head, check_reduction, refuse_traced
+from layers.losses.arguments import as_batch, as_rows, check_head, check_reduction, refuse_traced
 from layers.losses.divergence import Options, Stats, divergence_gradients, divergences
 from layers.losses.head import Gradients, Head, by_groups, fold, replace_by_groups, rows_in_block
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.core.checks import check_floating
+from layers.core.checks import check_block_size, check_floating
 from layers.core.elementwise import ACTIVATIONS
 
 SAVE = ("inputs", "preactivations")
@@ -22,8 +22,7 @@ def check_options(name: str, activation: str, save: str, size: int | None, dtype
         raise ValueError(f"{name}: save is {save!r}, but must be one of {', '.join(SAVE)}")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name}: dtype is {jnp.dtype(dtype)}, but must be a real floating-point dtype")
-    if size is not None and size < 1:
-        raise ValueError(f"{name}: block_size is {size}, but a block has at least one row: None chooses")
+    check_block_size(name, size)
 
 
 def check_arrays(name: str, x: jax.Array, ups: dict[str, jax.Array], down_kernel: jax.Array, **biases: jax.Array | None) -> None:

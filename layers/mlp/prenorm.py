@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from layers.core.numerics import wide
+from layers.core.numerics import safe_rsqrt, wide
 
 
 def normalize(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
     """x̂ and rstd, of float32 or wider; both 0 for a row of zeros without epsilon."""
     x = x.astype(wide(x.dtype))
-    square = jnp.square(x).mean(-1, keepdims=True) + epsilon
-    rstd = jnp.where(square == 0, 0, lax.rsqrt(jnp.where(square == 0, 1, square)))
+    rstd = safe_rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
     return x * rstd, rstd
 
 

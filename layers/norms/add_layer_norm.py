@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
-from layers.core.numerics import wide
+from layers.core.numerics import safe_rsqrt, wide
 from layers.core.recompute import barrier
 from layers.norms import statistics
 from layers.norms.statistics import ROWS, affine
@@ -30,7 +30,7 @@ class AddLayerNormFunction(Function):
         total = x + residual
         xw = total.astype(wide(total.dtype))
         mean, var = ROWS.moments(xw, ROWS.weight(xw, None))
-        rstd = statistics.safe_rsqrt(var + epsilon)
+        rstd = safe_rsqrt(var + epsilon)
         ctx.save_for_backward(total, scale, mean, rstd)
         ctx.bias = None if bias is None else jax.ShapeDtypeStruct(bias.shape, bias.dtype)
         return affine((xw - mean) * rstd, scale, bias).astype(total.dtype), total

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
-from layers.core.numerics import wide
+from layers.core.numerics import safe_rsqrt, wide
 from layers.core.recompute import barrier
 from layers.norms import statistics
 from layers.norms.statistics import ROWS, affine
@@ -29,7 +29,7 @@ class AddRMSNormFunction(Function):
     def forward(ctx, x, residual, scale, epsilon):
         total = x + residual
         xw = total.astype(wide(total.dtype))
-        rstd = statistics.safe_rsqrt(ROWS.mean_square(xw, ROWS.weight(xw, None)) + epsilon)
+        rstd = safe_rsqrt(ROWS.mean_square(xw, ROWS.weight(xw, None)) + epsilon)
         ctx.save_for_backward(total, scale, rstd)
         return affine(xw * rstd, scale, None).astype(total.dtype), total
 

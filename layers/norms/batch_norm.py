@@ -24,6 +24,7 @@ from flax.nnx.module import first_from
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
+from layers.core.numerics import safe_rsqrt
 from layers.core.recompute import barrier
 from layers.norms import statistics
 from layers.norms.statistics import Over, affine, as_computed
@@ -35,7 +36,7 @@ class BatchNormFunction(Function):
         over = over or Over(tuple(range(-x.ndim, -1)))
         xw = as_computed(x, dtype)
         mean, var = over.moments(xw, over.weight(xw, mask))
-        rstd = statistics.safe_rsqrt(var + epsilon)
+        rstd = safe_rsqrt(var + epsilon)
         y = affine((xw - mean) * rstd, as_computed(scale, dtype), as_computed(bias, dtype)).astype(dtype or x.dtype)
         running = mean.reshape(-1), var.reshape(-1)
         ctx.save_for_backward(x, scale, mask, mean, rstd)

@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
+from layers.core.numerics import safe_rsqrt
 from layers.core.recompute import barrier
 from layers.norms import statistics
 from layers.norms.statistics import affine, as_computed
@@ -36,7 +37,7 @@ class GroupNormFunction(Function):
         xw, scale_w, bias_w = (_grouped(as_computed(a, dtype), num_groups) for a in (x, scale, bias))
         mask = _grouped(mask, num_groups)
         mean, var = over.moments(xw, over.weight(xw, mask))
-        rstd = statistics.safe_rsqrt(var + epsilon)
+        rstd = safe_rsqrt(var + epsilon)
         ctx.save_for_backward(x, scale, mask, mean, rstd)
         ctx.num_groups, ctx.over, ctx.dtype, ctx.has_bias = num_groups, over, dtype, bias is not None
         return affine((xw - mean) * rstd, scale_w, bias_w).reshape(x.shape).astype(dtype or x.dtype)

@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
+from layers.core.numerics import safe_rsqrt
 from layers.core.recompute import barrier
 from layers.norms import statistics
 from layers.norms.statistics import ROWS, affine, as_computed
@@ -31,7 +32,7 @@ class LayerNormFunction(Function):
     def forward(ctx, x, scale, bias, epsilon, *, mask=None, over=ROWS, dtype=None):
         xw = as_computed(x, dtype)
         mean, var = over.moments(xw, over.weight(xw, mask))
-        rstd = statistics.safe_rsqrt(var + epsilon)
+        rstd = safe_rsqrt(var + epsilon)
         ctx.save_for_backward(x, scale, mask, mean, rstd)
         ctx.over, ctx.dtype, ctx.bias = over, dtype, None if bias is None else jax.ShapeDtypeStruct(bias.shape, bias.dtype)
         return affine((xw - mean) * rstd, as_computed(scale, dtype), as_computed(bias, dtype)).astype(dtype or x.dtype)

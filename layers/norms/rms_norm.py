@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
+from layers.core.numerics import safe_rsqrt
 from layers.core.recompute import barrier
 from layers.norms import statistics
 from layers.norms.statistics import ROWS, affine, as_computed
@@ -30,7 +31,7 @@ class RMSNormFunction(Function):
     @staticmethod
     def forward(ctx, x, scale, epsilon, *, mask=None, over=ROWS, dtype=None):
         xw = as_computed(x, dtype)
-        rstd = statistics.safe_rsqrt(over.mean_square(xw, over.weight(xw, mask)) + epsilon)
+        rstd = safe_rsqrt(over.mean_square(xw, over.weight(xw, mask)) + epsilon)
         ctx.save_for_backward(x, scale, mask, rstd)
         ctx.over, ctx.dtype = over, dtype
         return affine(xw * rstd, as_computed(scale, dtype), None).astype(dtype or x.dtype)

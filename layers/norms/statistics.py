@@ -80,12 +80,6 @@ ROWS = Over()
 """Each row of the last axis for itself."""
 
 
-def safe_rsqrt(x: jax.Array) -> jax.Array:
-    """x^-1/2, and 0 where x is 0: a row without variance and without epsilon has the output and the gradient 0."""
-    zero = x == 0
-    return jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, x)))
-
-
 def as_computed(x: Any, dtype: Any) -> Any:
     """`x` rounded to the dtype of the layer, where it has one, and widened to that of its sums; None stays None."""
     return None if x is None else x.astype(dtype or x.dtype).astype(wide(dtype or x.dtype))
