@@ -23,10 +23,10 @@ from layers.core.blocks import block_size
 from layers.core.hashing import ODD, below, mix
 from layers.core.numerics import wide
 
-LARGEST, EFFICIENT, SMALLEST = 512, 128, 16
-"""Of a block: where it may grow to, shrink to so that tiles stay in the cache, and shrink to so that they stay smaller than the queries."""
-CACHED = 1 << 19
-"""The elements of a tile that stays in a processor's cache."""
+LARGEST, EFFICIENT, SMALLEST = (512, 256), 128, 16
+"""Of a block: where it may grow to, shrink to so that few hidden scores are computed, and shrink to so that tiles stay smaller than the queries."""
+PARALLEL = 1 << 23
+"""The products in a tile of one head from which on XLA's CPU compiler computes it on several cores: twice as fast."""
 
 
 class Hidden(NamedTuple):
@@ -62,9 +62,9 @@ class Options:
     blocks: tuple[int, int] | None = None
 
 
-def choose_blocks(queries: int, keys: int, head_dim: int, planes: int, narrow: bool = False) -> tuple[int, int]:
-    """The sizes of the blocks of queries and of keys, for as many planes (batch elements times heads); `narrow` for 16-bit queries."""
-    rows, columns, whole = min(queries, LARGEST), min(keys, LARGEST), max(queries, keys) * head_dim
+def choose_blocks(queries: int, keys: int, head_dim: int, narrow: bool = False) -> tuple[int, int]:
+    """The sizes of the blocks of queries and of keys; `narrow` for 16-bit queries."""
+    (rows, columns), whole = map(min, (queries, keys), LARGEST), max(queries, keys) * head_dim
 
     def halved() -> tuple[int, int]:
         return (-(-rows // 2), columns) if rows > columns else (rows, -(-columns // 2))
@@ -72,11 +72,12 @@ def choose_blocks(queries: int, keys: int, head_dim: int, planes: int, narrow: b
     def large() -> bool:
         """Whether a tile, or it and the slices that it is made from, are too much of the queries: both are float32."""
         tile = rows * columns
-        return tile > whole // 2 or tile + (rows + columns) * head_dim > whole * (0.625 if narrow else 1.5)
+        share = 0.5 if narrow or tile * head_dim < PARALLEL else 1.0
+        return tile > share * whole or tile + (rows + columns) * head_dim > whole * (0.7 if narrow else 1.5)
 
     while large() and max(rows, columns) > SMALLEST:
         rows, columns = halved()
-    while rows * columns * planes > CACHED and max(rows, columns) > EFFICIENT:
+    while rows * columns * head_dim < PARALLEL and max(rows, columns) > EFFICIENT:
         rows, columns = halved()
     return block_size(queries, rows), block_size(keys, columns)
 
@@ -233,7 +234,7 @@ class Grid:
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, hidden: Hidden, options: Options) -> Grid:
         lengths = q.shape[1], k.shape[1]
-        blocks = options.blocks or choose_blocks(*lengths, q.shape[3], q.shape[0] * q.shape[2], wide(q.dtype) != q.dtype)
+        blocks = options.blocks or choose_blocks(*lengths, q.shape[3], wide(q.dtype) != q.dtype)
         return cls(lengths, blocks, (q.shape[0], *split_heads(q.shape[2], k.shape[2])), hidden, options)
 
     @property

@@ -21,6 +21,8 @@ from layers.core.numerics import wide
 
 LOGITS_BYTES, SLICE_BYTES = 1 << 25, 1 << 23
 """Of a float32 block of logits, and of a float32 slice of dkernel."""
+FAST_ROWS = 512
+"""In a block, where twice those bytes are enough: with fewer, products of matrices wait for the kernel to be read."""
 GROUP_BYTES = 1 << 20
 """Of a float32 group of rows in which a block of logits is gone through."""
 LEAST_ROWS, MOST_ROWS = 32, 1024
@@ -45,7 +47,8 @@ class Head(NamedTuple):
 
 def rows_in_block(rows: int, vocab: int, asked: int | None) -> int:
     """How many of `rows` are in a block; `vocab` counts the logits of a row that are there at once."""
-    target = max(LEAST_ROWS, min(MOST_ROWS, LOGITS_BYTES // (4 * max(vocab, 1))))
+    fit = LOGITS_BYTES // (4 * max(vocab, 1))
+    target = FAST_ROWS if FAST_ROWS // 2 <= fit <= FAST_ROWS else max(LEAST_ROWS, min(MOST_ROWS, fit))
     return min(asked, max(rows, 1)) if asked else block_size(rows, target)
 
 

@@ -65,10 +65,13 @@ def measure(
 
 
 def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """The seconds of `rounds` runs of each, taken in turn, after one that does not count."""
+    """The seconds of `rounds` runs of each, taken in turn, after one that does not count.
+
+    Every other turn goes backwards: what a program leaves behind in caches and freed memory falls on the one after it.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1 if rounds else 0):
-        for name, run in runs.items():
+        for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
             start = time.perf_counter()
             run()
             if turn:
