@@ -35,7 +35,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from layers.attention import arguments
-from layers.attention.tiles import Grid, Hidden, Options, Tile, dot, merge_heads
+from layers.attention.heads import merge_heads
+from layers.attention.plan import Hidden, Options
+from layers.attention.tiles import Grid, Tile, dot
 from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.recompute import barrier

@@ -1,9 +1,7 @@
 """The score matrix of attention in tiles: which tiles there are, and what the scores of one are.
 
-A tile is the scores of a block of queries against a block of keys, for all heads at once. Which tiles a causal mask or a window leaves is
-known when the program is traced, so the loop runs over a list of those only. In the last block of a length that the block does not divide,
-rows that the block before it had too are hidden, so no array is ever padded. A tile has at most half as many elements as the queries, so
-that the few that are alive at once are no larger than they are at any length, and where it can be, it is small enough for the cache.
+A tile is the scores of a block of queries against a block of keys, for all heads at once; `plan.py` has their sizes and their list. In the last
+block of a length that the block does not divide, rows that the block before it had too are hidden, so no array is ever padded.
 """
 
 from __future__ import annotations
@@ -11,94 +9,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from layers.attention import plan
+from layers.attention.heads import group_heads, split_heads
+from layers.attention.plan import Hidden, Options
 from layers.core import compat
-from layers.core.blocks import block_size
 from layers.core.hashing import ODD, below, mix
 from layers.core.numerics import wide
-
-LARGEST, EFFICIENT, SMALLEST = (512, 256), 128, 16
-"""Of a block: where it may grow to, shrink to so that few hidden scores are computed, and shrink to so that tiles stay smaller than the queries."""
-PARALLEL = 1 << 23
-"""The products in a tile of one head from which on XLA's CPU compiler computes it on several cores: twice as fast."""
-
-
-class Hidden(NamedTuple):
-    """The arrays that decide which scores are left out, and which are dropped."""
-
-    mask: Any = None
-    query_lengths: Any = None
-    key_lengths: Any = None
-    query_segments: Any = None
-    key_segments: Any = None
-    words: Any = None
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is known when the program is traced.
-
-    Attributes:
-        scale: of the scores.
-        cap: a score s becomes cap tanh(s / cap); None for s.
-        low, high: bounds of the query's position less the key's; None for no bound.
-        rate: the probability that a weight is dropped.
-        shared_dropout: whether all heads and batch elements drop the same weights.
-        blocks: the sizes of the blocks of queries and keys; None to choose.
-    """
-
-    scale: float = 1.0
-    cap: float | None = None
-    low: int | None = None
-    high: int | None = None
-    rate: float = 0.0
-    shared_dropout: bool = False
-    blocks: tuple[int, int] | None = None
-
-
-def choose_blocks(queries: int, keys: int, head_dim: int, narrow: bool = False) -> tuple[int, int]:
-    """The sizes of the blocks of queries and of keys; `narrow` for 16-bit queries."""
-    (rows, columns), whole = map(min, (queries, keys), LARGEST), max(queries, keys) * head_dim
-
-    def halved() -> tuple[int, int]:
-        return (-(-rows // 2), columns) if rows > columns else (rows, -(-columns // 2))
-
-    def large() -> bool:
-        """Whether a tile, or it and the slices that it is made from, are too much of the queries: both are float32."""
-        tile = rows * columns
-        share = 0.5 if narrow or tile * head_dim < PARALLEL else 1.0
-        return tile > share * whole or tile + (rows + columns) * head_dim > whole * (0.7 if narrow else 1.5)
-
-    while large() and max(rows, columns) > SMALLEST:
-        rows, columns = halved()
-    while rows * columns * head_dim < PARALLEL and max(rows, columns) > EFFICIENT:
-        rows, columns = halved()
-    return block_size(queries, rows), block_size(keys, columns)
-
-
-def list_tiles(lengths: tuple[int, int], blocks: tuple[int, int], low: int | None, high: int | None) -> np.ndarray:
-    """The tiles in which a score is left by the bounds: rows of (block of queries, block of keys)."""
-    if 0 in lengths:
-        return np.zeros((0, 2), np.int32)
-    (q0, q1), (k0, k1) = (_first_and_last(n, b) for n, b in zip(lengths, blocks, strict=True))
-    kept = np.ones((len(q0), len(k0)), bool)
-    if low is not None:
-        kept &= q1[:, None] - k0 >= low
-    if high is not None:
-        kept &= q0[:, None] - k1 <= high
-    return np.argwhere(kept).astype(np.int32)
-
-
-def _first_and_last(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    first = np.arange(0, length, block)
-    return first, np.minimum(first + block, length) - 1
-
 
 class Tile:
     """One tile: takes its part of arrays, adds to it, and computes its scores; `first` and `last` where it is that in its outer block."""
@@ -234,7 +157,7 @@ class Grid:
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, hidden: Hidden, options: Options) -> Grid:
         lengths = q.shape[1], k.shape[1]
-        blocks = options.blocks or choose_blocks(*lengths, q.shape[3], wide(q.dtype) != q.dtype)
+        blocks = options.blocks or plan.choose_blocks(*lengths, q.shape[3], wide(q.dtype) != q.dtype)
         return cls(lengths, blocks, (q.shape[0], *split_heads(q.shape[2], k.shape[2])), hidden, options)
 
     @property
@@ -250,7 +173,7 @@ class Grid:
 
         Differentiated once more, it computes each tile's scores again.
         """
-        tiles = list_tiles(self.lengths, self.blocks, self.options.low, self.options.high)
+        tiles = plan.list_tiles(self.lengths, self.blocks, self.options.low, self.options.high)
         tiles = tiles[np.argsort(tiles[:, outer], kind="stable")]
         ends = np.diff(tiles[:, outer], prepend=-1, append=-1) != 0
         return self._fold(body, carry, (tiles, ends[:-1], ends[1:]))
@@ -286,23 +209,6 @@ def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """A product of matrices that adds up in float32 or wider."""
     dtype = jnp.promote_types(x.dtype, y.dtype)
     return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=wide(dtype))
-
-
-def split_heads(heads: int, kv_heads: int) -> tuple[int, int]:
-    """kv heads and query heads to each; 1 and 1 where they are shared."""
-    return (kv_heads, heads // kv_heads) if heads != 1 else (1, 1)
-
-
-def group_heads(x: jax.Array, kv_heads: int) -> jax.Array:
-    """(batch, time, heads, ...) to (batch, kv heads, group, time, ...)."""
-    x = x.reshape(*x.shape[:2], *split_heads(x.shape[2], kv_heads), *x.shape[3:])
-    return jnp.moveaxis(x, 1, 3)
-
-
-def merge_heads(x: jax.Array) -> jax.Array:
-    """(batch, kv heads, group, time, ...) to (batch, time, heads, ...)."""
-    x = jnp.moveaxis(x, 3, 1)
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
 def _all(found: list[jax.Array]) -> jax.Array | None:

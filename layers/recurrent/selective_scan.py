@@ -32,7 +32,7 @@ from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.recurrent.loops import cut, fold_chunks, put, scan
 
-CHUNK = 16
+CHUNK = 32
 """Steps between two states that are kept: the states of a chunk stay in a core's cache."""
 
 
@@ -96,7 +96,7 @@ class SelectiveScanFunction(Function):
             dc = jnp.einsum("tbnd,tbd->tbn", h, dy)
             after, dh = _gradients_of_states(fade, chunk, dy, after)
             w, r = dh * decayed, _read(dh, chunk.b)
-            drate = r * chunk.u + (w * a).sum(2)
+            drate = r * chunk.u + _sum_states(w * a)
             ddelta = drate * jax.nn.sigmoid(chunk.raw) if ctx.softplus else drate
             rows = (r * chunk.rate + d * dy, ddelta, jnp.einsum("tbnd,tbd->tbn", dh, chunk.drive), dc, dz)
             buffers = jax.tree.map(lambda into, v: put(into, v, start), buffers, rows)
@@ -181,6 +181,15 @@ def _gradients_of_states(fade: jax.Array, chunk: _Chunk, dy: jax.Array, after: j
 def _read(states: jax.Array, weights: jax.Array) -> jax.Array:
     """Σ_state weights states, for (time, batch, state, features) and (time, batch, state)."""
     return (states * weights[..., None]).sum(2)
+
+
+def _sum_states(x: jax.Array) -> jax.Array:
+    """Σ_state x, for (time, batch, state, features), by halves: XLA's CPU compiler does not vectorize a sum over an axis in the middle."""
+    while (states := x.shape[2]) > 1:
+        half = states // 2
+        pairs = x[:, :, :half] + x[:, :, half : 2 * half]
+        x = pairs if states % 2 == 0 else jnp.concatenate([pairs, x[:, :, -1:]], 2)
+    return x.sum(2)
 
 
 def _silu_slope(z: jax.Array) -> jax.Array:

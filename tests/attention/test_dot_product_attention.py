@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from layers import dot_product_attention
-from layers.attention import tiles
+from layers.attention import plan
 from layers.attention.dot_product_attention import DotProductAttentionFunction
-from layers.attention.tiles import Grid, Hidden, Options, Tile
+from layers.attention.plan import Hidden, Options
+from layers.attention.tiles import Grid, Tile
 from tests.support import assert_trees_close, saved_bytes, temp_bytes
 
 BATCH, TIME, KV_TIME, HEADS, KV_HEADS, DIM, VALUE_DIM = 2, 11, 9, 4, 2, 3, 5
@@ -21,7 +22,7 @@ BATCH, TIME, KV_TIME, HEADS, KV_HEADS, DIM, VALUE_DIM = 2, 11, 9, 4, 2, 3, 5
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, with a ragged last block on both sides."""
-    monkeypatch.setattr(tiles, "choose_blocks", lambda *_: (4, 4))
+    monkeypatch.setattr(plan, "choose_blocks", lambda *_: (4, 4))
 
 
 def direct(q: Any, k: Any, v: Any, bias: Any = None, mask: Any = None, **o: Any) -> Any:
@@ -303,10 +304,10 @@ def test_infinite_sink_has_finite_gradients(number: float) -> None:
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("length, head_dim", [(4096, 64), (1024, 64), (512, 128), (128, 64), (1, 8), (16, 3)])
 def test_tiles_are_smaller_than_the_queries_and_hide_little_where_they_are_not_for_several_cores(length: int, head_dim: int, narrow: bool) -> None:
-    rows, columns = tiles.choose_blocks(length, length, head_dim, narrow)
-    several = rows * columns * head_dim >= tiles.PARALLEL
-    assert rows * columns <= max(length * head_dim // (1 if several and not narrow else 2), tiles.SMALLEST**2)
-    assert several or max(rows, columns) <= tiles.EFFICIENT
+    rows, columns = plan.choose_blocks(length, length, head_dim, narrow)
+    several = rows * columns * head_dim >= plan.PARALLEL
+    assert rows * columns <= max(length * head_dim // (1 if several and not narrow else 2), plan.SMALLEST**2)
+    assert several or max(rows, columns) <= plan.EFFICIENT
 
 
 @pytest.mark.parametrize("low, high", [(0, None), (0, 600), (-300, 300), (None, None), (None, -1000)])
@@ -321,7 +322,7 @@ def test_tiles_are_those_in_which_something_is_seen(lengths: tuple[int, int], lo
         for j in range(-(-lengths[1] // 128))
         if seen[i * 256 : i * 256 + 256, j * 128 : j * 128 + 128].any()
     ]
-    assert [tuple(t) for t in tiles.list_tiles(lengths, blocks, low, high)] == expected
+    assert [tuple(t) for t in plan.list_tiles(lengths, blocks, low, high)] == expected
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
