@@ -8,10 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layers.attention.plan import Hidden
 from layers.core.keys import as_key
 
 
-def check_query_key_value(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+def check_implementation(implementation: str | None) -> None:
+    if implementation not in (None, "xla"):
+        raise ValueError(f"dot_product_attention: implementation is {implementation!r}, but must be 'xla', 'cudnn' or None")
+
+
+def as_query_key_value(*arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v = (jnp.asarray(x) for x in arrays)
     shapes = f"(query: {q.shape}, key: {k.shape}, value: {v.shape})"
     if not q.ndim == k.ndim == v.ndim or q.ndim not in (3, 4):
         raise ValueError(f"dot_product_attention: query, key and value must all be (batch, time, heads, head_dim), or all without batch {shapes}")
@@ -25,6 +32,14 @@ def check_query_key_value(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         raise TypeError(
             f"dot_product_attention: query, key and value must be of one floating-point dtype, but are {q.dtype}, {k.dtype}, {v.dtype}: cast them"
         )
+    return q, k, v
+
+
+def scaled(q: jax.Array, scale: Any) -> tuple[jax.Array, float]:
+    """The queries, and what is left to multiply the products by; a scale that is an array multiplies the queries."""
+    if isinstance(scale, jax.Array):
+        return q * scale.astype(q.dtype), 1.0
+    return q, float(max(q.shape[3], 1) ** -0.5 if scale is None else scale or 0.0)
 
 
 def bounds_of(is_causal: bool, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
@@ -43,10 +58,22 @@ def cap_of(cap: float | None) -> float | None:
     return None if cap is None else float(cap)
 
 
-def plane_of(name: str, x: Any, full: tuple[int, ...]) -> jax.Array | None:
+def hidden_of(q: jax.Array, k: jax.Array, mask: Any, query_lengths: Any, key_lengths: Any, segment_ids: Any, rate: float, key: Any) -> Hidden:
+    query_segments, key_segments = segments_of(segment_ids, q, k)
+    return Hidden(
+        mask=plane_of("mask", mask, q, k),
+        query_lengths=lengths_of("query_seq_lengths", query_lengths, q.shape[0]),
+        key_lengths=lengths_of("key_value_seq_lengths", key_lengths, q.shape[0]),
+        query_segments=query_segments,
+        key_segments=key_segments,
+        words=words_of(rate, key),
+    )
+
+
+def plane_of(name: str, x: Any, q: jax.Array, k: jax.Array) -> jax.Array | None:
     if x is None:
         return None
-    x = jnp.asarray(x)
+    x, full = jnp.asarray(x), (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if name == "mask" and x.dtype != jnp.bool_:
         raise TypeError(f"dot_product_attention: mask is of dtype {x.dtype}, but must be of bool: give numbers to be added as bias")
     shape = (1,) * (4 - x.ndim) + x.shape
@@ -95,9 +122,3 @@ def words_of(rate: float, key: Any) -> jax.Array | None:
     if key is None:
         raise ValueError("dot_product_attention: dropout_rate is above 0, so give dropout_key, a key of jax.random")
     return jax.random.key_data(as_key("dot_product_attention: dropout_key", key)).astype(jnp.uint32).reshape(-1)
-
-
-def refuse_for_cudnn(**options: Any) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise ValueError(f"dot_product_attention: implementation='cudnn' has no {', '.join(given)}; use implementation='xla'")

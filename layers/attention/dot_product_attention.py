@@ -35,11 +35,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from layers.attention import arguments
+from layers.attention.cudnn import attend_by_cudnn
 from layers.attention.heads import merge_heads
 from layers.attention.plan import Hidden, Options
-from layers.attention.tiles import Grid, Tile, dot
+from layers.attention.tiles import Grid, Tile
+from layers.attention.weights import before_any_key, exact_output, normalized, sink_weights, sums_of_products, times, weights_of
 from layers.core.function import Function
-from layers.core.numerics import safe_reciprocal, wide
+from layers.core.numerics import dot, wide
 from layers.core.recompute import barrier
 from layers.core.zeros import zero_after
 
@@ -56,14 +58,14 @@ class DotProductAttentionFunction(Function):
             now = jnp.maximum(before, lax.stop_gradient(s).max(-1))
             finite = jnp.where(now == -jnp.inf, 0, now)
             p, fade = jnp.exp(s - finite[..., None]), jnp.exp(before - finite)
-            mp = _times(p, tile.multiplier(dtype)).astype(v.dtype)
+            mp = times(p, tile.multiplier(dtype)).astype(v.dtype)
             total = tile.put(total, merge_heads(tile.queries(total) * fade + p.sum(-1)), 0)
             part = fade[..., None] * tile.queries(out) + dot("bkgqs,bskh->bkgqh", mp, tile.keys(v))
             return tile.put(largest, merge_heads(now), 0), total, tile.put(out, merge_heads(part), 0)
 
-        largest, total = (jnp.broadcast_to(x, q.shape[:3]) for x in _before_any_key(sinks, dtype))
+        largest, total = (jnp.broadcast_to(x, q.shape[:3]) for x in before_any_key(sinks, dtype))
         largest, total, out = grid.fold(step, (largest, total, jnp.zeros((*q.shape[:3], v.shape[3]), dtype)))
-        out, lost = _normalized(grid, out, total, q.dtype)
+        out, lost = normalized(grid, out, total, q.dtype)
         lse = jnp.where(total > 0, largest + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
         ctx.save_for_backward(q, k, v, bias, sinks, hidden, out, lost, lse)
         ctx.options = options
@@ -73,16 +75,16 @@ class DotProductAttentionFunction(Function):
     def backward(ctx, dout, dlse):
         (q, k, v, bias, sinks, hidden, out, lost, lse), (dout, dlse) = barrier(ctx.saved_tensors, (dout, dlse))
         grid, dtype = Grid.of(q, k, hidden, ctx.options), wide(q.dtype)
-        delta = _sums_of_products(grid, dout, out, lost, dtype) - dlse
+        delta = sums_of_products(grid, dout, out, lost, dtype) - dlse
         wants_bias = bias is not None and ctx.needs_input_grad[3]
 
         def step(carry, tile: Tile):
             dq, dbias, (dk, of_k), (dv, of_v) = carry
             qt, kt, doutt = tile.queries(q), tile.keys(k), tile.queries(dout)
-            p, slope = _weights(tile, qt, kt, bias, lse)
+            p, slope = weights_of(tile, qt, kt, bias, lse)
             multiplier = tile.multiplier(dtype)
-            dv, of_v = tile.add_up(dv, of_v, dot("bkgqs,bkgqh->bskh", _times(p, multiplier), doutt), 1)
-            dp = _times(dot("bkgqh,bskh->bkgqs", doutt, tile.keys(v)), multiplier)
+            dv, of_v = tile.add_up(dv, of_v, dot("bkgqs,bkgqh->bskh", times(p, multiplier), doutt), 1)
+            dp = times(dot("bkgqh,bskh->bkgqs", doutt, tile.keys(v)), multiplier)
             ds = p * (dp - tile.queries(delta)[..., None])
             if wants_bias:
                 dbias = tile.add_to_plane(dbias, ds)
@@ -96,7 +98,7 @@ class DotProductAttentionFunction(Function):
         dbias = jnp.full(bias.shape, zero, dtype) if wants_bias and bias is not None else None
         dk, dv = ((jnp.full(x.shape, zero, x.dtype), grid.start_total(x, dtype, zero, 1)) for x in (k, v))
         dq, dbias, (dk, _), (dv, _) = grid.fold(step, (dq, dbias, dk, dv), outer=1)
-        dsinks = None if sinks is None else -jnp.sum(_sink_weights(sinks, lse) * delta, (0, 1))
+        dsinks = None if sinks is None else -jnp.sum(sink_weights(sinks, lse) * delta, (0, 1))
         return dq, dk, dv, dbias, dsinks, None, None
 
     @staticmethod
@@ -107,8 +109,8 @@ class DotProductAttentionFunction(Function):
         def step(carry, tile: Tile):
             dout, dlse = carry
             qt, kt = tile.queries(q), tile.keys(k)
-            p, slope = _weights(tile, qt, kt, bias, lse)
-            mp = _times(p, tile.multiplier(dtype))
+            p, slope = weights_of(tile, qt, kt, bias, lse)
+            mp = times(p, tile.multiplier(dtype))
             ds = slope * (tile.product(tile.queries(dq), kt) + tile.product(qt, tile.keys(dk)))
             if bias is not None:
                 ds = ds + tile.plane(dbias)
@@ -117,8 +119,8 @@ class DotProductAttentionFunction(Function):
 
         dout, dlse = grid.fold(step, (jnp.zeros(out.shape, dtype), jnp.zeros(lse.shape, dtype)))
         if sinks is not None:
-            dlse = dlse + _sink_weights(sinks, lse) * dsinks.astype(dtype)
-        return dout - dlse[..., None] * _exact(out, lost, dtype), dlse
+            dlse = dlse + sink_weights(sinks, lse) * dsinks.astype(dtype)
+        return dout - dlse[..., None] * exact_output(out, lost, dtype), dlse
 
     @staticmethod
     def example(key, dtype):
@@ -127,69 +129,6 @@ class DotProductAttentionFunction(Function):
         q, k, v, bias, sinks = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
         hidden = Hidden(key_lengths=jnp.array([5, 3]), words=jnp.array([1, 2], jnp.uint32))
         return q, k, v, bias, sinks, hidden, Options(scale=0.5, cap=2.0, low=-1, high=3, rate=0.2, blocks=(4, 2))
-
-
-def _before_any_key(sinks: jax.Array | None, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The largest score and the sum of exp(s - largest) of a query that has seen the sink only.
-
-    What is subtracted changes no output, so second derivatives hold it fixed: where XLA computes a score twice and rounds it differently, the
-    derivative of a maximum is 0 / 0.
-    """
-    if sinks is None:
-        return jnp.full((), -jnp.inf, dtype), jnp.zeros((), dtype)
-    sinks = _finite_above(sinks, dtype)
-    largest = lax.stop_gradient(sinks)
-    return largest, jnp.exp(sinks - jnp.where(largest == -jnp.inf, 0, largest))
-
-
-def _finite_above(sinks: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.minimum(sinks.astype(dtype), jnp.finfo(dtype).max / 2)
-
-
-def _normalized(grid: Grid, out: jax.Array, total: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
-    """The output, and what rounding takes from it."""
-    if out.dtype == dtype:
-        return out * safe_reciprocal(total)[..., None], None
-
-    def step(carry, tile: Tile):
-        exact = tile.take(out, 0) * safe_reciprocal(tile.take(total, 0))[..., None]
-        rounded = exact.astype(dtype)
-        return tile.put(carry[0], rounded, 0), tile.put(carry[1], exact - rounded, 0)
-
-    zeros = jnp.zeros(out.shape, dtype)
-    return grid.fold_queries(step, (zeros, zeros))
-
-
-def _sums_of_products(grid: Grid, dout: jax.Array, out: jax.Array, lost: jax.Array | None, dtype: Any) -> jax.Array:
-    """The sum, for each query, of its output times its gradient: in blocks, since XLA on the CPU would first convert all of both to float32."""
-    if lost is None:
-        return jnp.sum(dout * out, -1)
-
-    def step(delta, tile: Tile):
-        exact = _exact(tile.take(out, 0), tile.take(lost, 0), dtype)
-        return tile.put(delta, jnp.sum(tile.take(dout, 0).astype(dtype) * exact, -1), 0)
-
-    return grid.fold_queries(step, jnp.zeros(out.shape[:-1], dtype))
-
-
-def _exact(out: jax.Array, lost: jax.Array | None, dtype: Any) -> jax.Array:
-    """The output before it was rounded: where the weights are peaked, delta and dp nearly cancel, and its rounding would be all that is left."""
-    return out.astype(dtype) if lost is None else out.astype(dtype) + lost.astype(dtype)
-
-
-def _times(x: jax.Array, multiplier: jax.Array | None) -> jax.Array:
-    return x if multiplier is None else x * multiplier
-
-
-def _weights(tile: Tile, q: jax.Array, k: jax.Array, bias: Any, lse: jax.Array) -> tuple[jax.Array, Any]:
-    """The tile of p, and the derivative of its scores by the scaled products."""
-    s, slope = tile.scores(q, k, bias)
-    lse = tile.queries(lse)
-    return jnp.exp(s - jnp.where(lse == -jnp.inf, 0, lse)[..., None]), slope
-
-
-def _sink_weights(sinks: jax.Array, lse: jax.Array) -> jax.Array:
-    return jnp.exp(_finite_above(sinks, lse.dtype) - jnp.where(lse == -jnp.inf, jnp.inf, lse))
 
 
 def dot_product_attention(
@@ -249,44 +188,28 @@ def dot_product_attention(
     """
     return_logsumexp = return_logsumexp or return_residual
     if implementation == "cudnn":
-        arguments.refuse_for_cudnn(logit_soft_cap=logit_soft_cap, segment_ids=segment_ids, sinks=sinks, dropout_rate=dropout_rate or None)
-        extra: dict[str, Any] = {"return_residual": True} if return_logsumexp else {}
-        theirs: Any = jax.nn.dot_product_attention
-        return theirs(
+        return attend_by_cudnn(
             query,
             key,
             value,
             bias,
             mask,
+            return_logsumexp=return_logsumexp,
+            others={"logit_soft_cap": logit_soft_cap, "segment_ids": segment_ids, "sinks": sinks, "dropout_rate": dropout_rate or None},
             scale=scale,
             is_causal=is_causal,
             query_seq_lengths=query_seq_lengths,
             key_value_seq_lengths=key_value_seq_lengths,
             local_window_size=local_window_size,
-            implementation="cudnn",
-            **extra,
         )
-    if implementation not in (None, "xla"):
-        raise ValueError(f"dot_product_attention: implementation is {implementation!r}, but must be 'xla', 'cudnn' or None")
-    query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    arguments.check_query_key_value(query, key, value)
-    batched = query.ndim == 4
-    q, k, v = (x if batched else x[None] for x in (query, key, value))
-    scale = max(q.shape[3], 1) ** -0.5 if scale is None else scale
-    if isinstance(scale, jax.Array):
-        q, scale = q * scale.astype(q.dtype), 1.0
+    arguments.check_implementation(implementation)
+    query, key, value = arguments.as_query_key_value(query, key, value)
+    q, k, v = (x if x.ndim == 4 else x[None] for x in (query, key, value))
+    q, scale = arguments.scaled(q, scale)
     low, high = arguments.bounds_of(is_causal, local_window_size)
-    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    query_segments, key_segments = arguments.segments_of(segment_ids, q, k)
-    hidden = Hidden(
-        mask=arguments.plane_of("mask", mask, full),
-        query_lengths=arguments.lengths_of("query_seq_lengths", query_seq_lengths, full[0]),
-        key_lengths=arguments.lengths_of("key_value_seq_lengths", key_value_seq_lengths, full[0]),
-        query_segments=query_segments,
-        key_segments=key_segments,
-        words=arguments.words_of(dropout_rate, dropout_key),
-    )
-    options = Options(float(scale or 0.0), arguments.cap_of(logit_soft_cap), low, high, float(dropout_rate), broadcast_dropout)
-    out, lse = DotProductAttentionFunction.apply(q, k, v, arguments.plane_of("bias", bias, full), arguments.sinks_of(sinks, full[1]), hidden, options)
-    out, lse = (out, lse) if batched else (out[0], lse[0])
+    hidden = arguments.hidden_of(q, k, mask, query_seq_lengths, key_value_seq_lengths, segment_ids, dropout_rate, dropout_key)
+    options = Options(scale, arguments.cap_of(logit_soft_cap), low, high, float(dropout_rate), broadcast_dropout)
+    bias, sinks = arguments.plane_of("bias", bias, q, k), arguments.sinks_of(sinks, q.shape[2])
+    out, lse = DotProductAttentionFunction.apply(q, k, v, bias, sinks, hidden, options)
+    out, lse = (out, lse) if query.ndim == 4 else (out[0], lse[0])
     return (out, lse) if return_logsumexp else out

@@ -1,4 +1,4 @@
-"""The score matrix of attention in tiles: which tiles there are, and what the scores of one are.
+"""The score matrix of attention in tiles: what the scores of one are, and loops over all.
 
 A tile is the scores of a block of queries against a block of keys, for all heads at once; `plan.py` has their sizes and their list. In the last
 block of a length that the block does not divide, rows that the block before it had too are hidden, so no array is ever padded.
@@ -6,7 +6,6 @@ block of a length that the block does not divide, rows that the block before it 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,9 @@ from layers.attention.heads import group_heads, split_heads
 from layers.attention.plan import Hidden, Options
 from layers.core import compat
 from layers.core.hashing import ODD, below, mix
-from layers.core.numerics import wide
+from layers.core.numerics import dot, wide
+from layers.core.slices import slice_here
+
 
 class Tile:
     """One tile: takes its part of arrays, adds to it, and computes its scores; `first` and `last` where it is that in its outer block."""
@@ -38,7 +39,7 @@ class Tile:
         if x.shape[axis] == 1:
             return x
         narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
-        return (_slice_here if narrow else lax.dynamic_slice_in_dim)(x, self.start[side], self.grid.blocks[side], axis)
+        return (slice_here if narrow else lax.dynamic_slice_in_dim)(x, self.start[side], self.grid.blocks[side], axis)
 
     def add_up(self, x: jax.Array, total: jax.Array | None, part: jax.Array, side: int) -> tuple[jax.Array, jax.Array | None]:
         """Adds to `x` by way of `total`, the sum of the parts of one block of the outer side, this one; None to add to `x` itself.
@@ -192,23 +193,6 @@ class Grid:
         if any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, jax.eval_shape(step, carry, one)))):
             carry = compat.vary_like(carry, lambda c: step(c, one))
         return lax.scan(lambda c, which: (step(c, which), None), carry, tuple(map(jnp.asarray, tiles)))[0]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _slice_here(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
-    """`lax.dynamic_slice_in_dim` in a loop: XLA's CPU compiler would slice a float32 copy of all of a 16-bit `x`, made before the loop."""
-    return lax.dynamic_slice_in_dim(lax.optimization_barrier((x, start))[0], start, size, axis)
-
-
-@_slice_here.defjvp
-def _slice_here_jvp(size: int, axis: int, primals: Any, tangents: Any) -> Any:
-    return _slice_here(*primals, size, axis), lax.dynamic_slice_in_dim(tangents[0], primals[1], size, axis)
-
-
-def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """A product of matrices that adds up in float32 or wider."""
-    dtype = jnp.promote_types(x.dtype, y.dtype)
-    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=wide(dtype))
 
 
 def _all(found: list[jax.Array]) -> jax.Array | None:

@@ -52,7 +52,7 @@ def _hoist(fn: Any, where: str, above: tuple[Any, ...], cycles: list[Any]) -> tu
     if any(fn is f for f in above):
         cycles.append(fn)
         return [], lambda _: fn
-    parts, make = _parts(fn)
+    parts, make = parts_of(fn)
     if make is None:
         _refuse_hidden_tracers(fn, where)
         return [], lambda _: fn
@@ -69,7 +69,7 @@ def _hoist(fn: Any, where: str, above: tuple[Any, ...], cycles: list[Any]) -> tu
     return arrays, lambda given: make(*tree.unflatten([rebuild(given[a:b]) for a, b, rebuild in rebuilders]))
 
 
-def _parts(fn: Any) -> tuple[tuple[Any, ...], Callable[..., Any] | None]:
+def parts_of(fn: Any) -> tuple[tuple[Any, ...], Callable[..., Any] | None]:
     """What a callable is made of, and how to make one from as much; nothing for any other object."""
     if isinstance(fn, functools.partial):
         return (fn.func, fn.args, fn.keywords), lambda f, a, k: functools.partial(f, *a, **k)
@@ -119,7 +119,7 @@ def _has_tracer(x: Any, seen: set[int]) -> bool:
     for leaf in jax.tree.leaves(x):
         if isinstance(leaf, compat.Tracer):
             return True
-        parts, make = _parts(leaf)
+        parts, make = parts_of(leaf)
         if make is not None and id(leaf) not in seen:
             seen.add(id(leaf))
             if _has_tracer(parts, seen):

@@ -1,4 +1,4 @@
-"""Arithmetic that every layer's gradient needs: wide accumulation, division that cannot fail."""
+"""Arithmetic that every layer's gradient needs: wide accumulation, products of matrices, division that cannot fail."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from jax import lax
 def wide(dtype: Any) -> Any:
     """The dtype to accumulate in: float32, or the dtype itself where it is wider (complex64 at least for complex)."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """A product of matrices, as `jnp.einsum` writes it: of operands of their common dtype, added up in float32 or wider."""
+    dtype = jnp.promote_types(x.dtype, y.dtype)
+    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=wide(dtype))
 
 
 def safe_reciprocal(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Layers on pytrees: applied to the floating-point leaves, one by one or together."""
+"""The floating-point leaves of pytrees: which they are, and layers applied to them, one by one or together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.core.context import is_array
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether an array, or what stands for one, is of a floating-point or complex dtype."""
+    return jnp.issubdtype(x.dtype, np.inexact)
 
 
 def map_floating(name: str, fn: Callable[[Any], Any], tree: Any) -> Any:

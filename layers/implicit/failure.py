@@ -16,16 +16,23 @@ class ConvergenceError(RuntimeError):
     """A solve that did not reach its tolerance, with `throw=True`."""
 
 
-def raise_unless(converged: Any, x: Vector, what: str, tol: float, residual: Any, steps: Any) -> Vector:
-    """`x`, where `converged` holds; else an error with the figures: ConvergenceError, inside `jax.jit` as the cause of a JaxRuntimeError."""
+def raise_unless(converged: Any, x: Vector, what: str, advice: str, tol: float, residual: Any, steps: Any) -> Vector:
+    """`x`, where `converged` holds; else an error with the figures: ConvergenceError, inside `jax.jit` as the cause of a JaxRuntimeError.
+
+    Args:
+        converged: one flag, under `jax.vmap` one for each element.
+        x: where the solve ended.
+        what: what failed.
+        advice: the options that may help.
+        tol, residual, steps: the figures.
+    """
 
     def check(converged: Any, residual: Any, steps: Any) -> Any:
         bad = ~np.asarray(converged)
         if bad.any():
             worst, most = (np.broadcast_to(np.asarray(a), bad.shape)[bad].max() for a in (residual, steps))
             raise ConvergenceError(
-                f"{what}: residual {worst:.3g} after {most} steps, tolerance {tol:.3g}. "
-                "Allow more steps or a larger tolerance, take another solver, or throw=False and look at the flag."
+                f"{what}: residual {worst:.3g} after {most} steps, tolerance {tol:.3g}. {advice}; or give throw=False and look at the flag."
             )
         return np.asarray(converged)
 

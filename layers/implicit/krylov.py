@@ -28,12 +28,19 @@ class LinearSolved(NamedTuple):
 
 @dataclass(frozen=True)
 class GMRES:
-    """GMRES, started again after `restart` steps. Holds restart + 4 vectors."""
+    """GMRES, started again after `restart` steps. Holds restart + 4 vectors.
 
-    restart: int = 20
+    Attributes:
+        restart: None for the dimension of the system, which is then solved without a restart, but 100 at most, and fewer where so many
+            vectors would be more than 65536 numbers, down to 20.
+    """
+
+    restart: int | None = None
 
     def solve(self, a: Map, b: Vector, tol: Any, max_steps: int) -> LinearSolved:
-        m = min(self.restart, v.size(b) * (2 if any(jnp.iscomplexobj(x) for x in b) else 1))
+        size = v.size(b)
+        restart = max(20, min(100, 2**16 // size)) if self.restart is None else self.restart
+        m = min(restart, size * (2 if any(jnp.iscomplexobj(x) for x in b) else 1))
 
         def cycle(carry: Any) -> Any:
             x, r, _, steps = carry

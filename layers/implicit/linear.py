@@ -74,7 +74,8 @@ class LinearSystem:
             x, residual, steps = self._unit(a, complement, v.times(1 / scale, b), tol)
             solved = residual <= tol
             if self.throw:
-                x = raise_unless(solved, x, f"{self.name}: the linear solve of its derivative did not converge", tol, residual, steps)
+                what = f"{self.name}: the linear solve of its derivative did not converge"
+                x = raise_unless(solved, x, what, _advice(self.method), tol, residual, steps)
             return v.choose(solved, v.times(scale, x), [jnp.full_like(y, jnp.nan) for y in x])
 
         given = complement or _complement(a)
@@ -91,6 +92,11 @@ class LinearSystem:
             system = System(lambda x: v.minus(b, a(x)), lambda _, r: v.rms(r), tol, self.max_steps)
             return LinearSolved(*self.method.solve(system, b))
         return self.method.solve(a, b, tol, self.max_steps)
+
+
+def _advice(method: Any) -> str:
+    other = "keep more vectors, backward=GMRES(restart=...)" if isinstance(method, GMRES) else "take another method, such as backward='gmres'"
+    return f"Allow more steps, backward_steps=..., or a larger residual, backward_tol=...; {other}"
 
 
 def _power_of_two(size: jax.Array) -> jax.Array:

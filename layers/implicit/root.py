@@ -64,12 +64,14 @@ def root(
         x0: where the solver starts: arrays or a pytree of arrays. Cast to the dtype that f returns.
         *args: further arguments of f.
         solver: "newton" (with GMRES, halving steps that do not help), "broyden", "anderson" and "iteration" (x ← x - f(x), for Jacobians near 1),
-            one of `Newton`, `Broyden`, `Anderson`, `Iteration`, or a solver object of optimistix.
+            one of `Newton`, `Broyden`, `Anderson`, `Iteration`, or a solver object of optimistix. Newton's steps are exact up to 100 unknowns;
+            a larger system that is far from the identity may need `Newton(restart=..., linear_steps=...)`.
         tol: the solver stops where rms(f(x)) ≤ tol (1 + rms(x)). By default eps^(3/4) of the dtype of x, 6e-6 for float32; in half precision
             2 eps, 0.002 for float16 and 0.016 for bfloat16.
         max_steps: the most steps of the solver.
         backward: how the linear system of the gradient is solved: "gmres", "cg" (for a symmetric positive Jacobian), "anderson", "broyden",
-            "iteration", one of the classes of these names, or a solver object of lineax.
+            "iteration", one of the classes of these names, or a solver object of lineax. GMRES is exact up to 100 unknowns, then see
+            `GMRES(restart=...)`.
         backward_tol: the residual of that, relative to its right-hand side. By default eps^(2/3): 2e-5 for float32, 0.04 for bfloat16.
         backward_steps: the most products of the Jacobian with a vector, by default 200.
         throw: raises where the solve, or the linear solve of its derivative, did not converge.

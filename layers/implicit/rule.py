@@ -34,7 +34,7 @@ from layers.core.recompute import barrier
 from layers.implicit import vectors as v
 from layers.implicit.failure import raise_unless
 from layers.implicit.linear import LinearSystem, default_tolerance
-from layers.implicit.solvers import System
+from layers.implicit.solvers import Newton, System
 from layers.implicit.vectors import Map, Vector
 
 
@@ -101,7 +101,7 @@ class Equation:
         x, error, steps = self.solver.solve(system, x0)
         converged = error <= tol
         if self.throw:
-            x = raise_unless(converged, x, f"{self.name}: the solve did not converge", tol, error, steps)
+            x = raise_unless(converged, x, f"{self.name}: the solve did not converge", _advice(self.solver), tol, error, steps)
         return cast(x, dtypes), Convergence(error, steps, converged)
 
     def linear_solve(self, slope: Map, b: Vector, dtypes: Sequence[Any]) -> Vector:
@@ -109,6 +109,11 @@ class Equation:
         if self.fixed:
             return self.linear.solve(lambda a: v.minus(a, slope(a)), b, dtypes, complement=slope)
         return v.times(-1, self.linear.solve(slope, b, dtypes))
+
+
+def _advice(solver: Any) -> str:
+    newton = "solve its linear systems further, solver=Newton(restart=..., linear_steps=...); " if isinstance(solver, Newton) else ""
+    return f"Allow more steps, max_steps=..., or a larger residual, tol=...; {newton}take another solver=... or another x0"
 
 
 class ImplicitFunction(Function):

@@ -134,12 +134,12 @@ class Newton:
     """Newton's method: each step by GMRES, halved until the residual falls. Counts Newton steps.
 
     Attributes:
-        restart: the steps after which GMRES starts again.
+        restart: the steps after which GMRES starts again; None as in `GMRES`.
         linear_tol: how exactly that is solved.
         linear_steps: the most steps that this may take.
     """
 
-    restart: int = 20
+    restart: int | None = None
     linear_tol: float = 1e-3
     linear_steps: int = 100
 

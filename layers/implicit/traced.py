@@ -107,8 +107,8 @@ def _runner(program: Any, count: int) -> Callable[[Any, Any], list[Any]]:
     def run(x: Any, theta: Any) -> list[Any]:
         inputs = [*theta[count:], *x, *theta[:count]]
         if any(compat.varying_axes(jax.typeof(a)) for a in (*x, *theta)):
-            return _run_on_devices(jaxpr, inputs)
-        return eval_jaxpr(jaxpr, (), *inputs)
+            return list(map(_array, _run_on_devices(jaxpr, inputs)))
+        return list(map(_array, eval_jaxpr(jaxpr, (), *inputs)))
 
     return run
 
@@ -156,7 +156,7 @@ def _like(name: str, x: jax.Array, aval: Any) -> jax.Array:
 
 
 def _array(x: Any) -> Any:
-    """A constant of a program, which may be a number that carries a dtype, as an array."""
+    """A constant or an output of a program, which may be a number that carries a dtype, as an array."""
     return x if is_array(x) else jnp.asarray(x, getattr(x, "dtype", None))
 
 

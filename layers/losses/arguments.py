@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -77,11 +76,6 @@ def check_labels(name: str, labels: Any, class_weights: Any, batch: tuple[int, .
     if class_weights.shape != (vocab,):
         raise ValueError(f"{name}: class_weights have shape {class_weights.shape}, but must be (vocab,) = ({vocab},)")
     return labels, lax.stop_gradient(class_weights)
-
-
-def as_rows(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
-    """`x` with one axis in place of the batch axes."""
-    return x.reshape(math.prod(batch), *x.shape[len(batch) :])
 
 
 def as_batch(outputs: Any, batch: tuple[int, ...]) -> Any:

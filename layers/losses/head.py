@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.core.blocks import block_size, fold_blocks, scan_blocks
-from layers.core.numerics import wide
+from layers.core.numerics import dot, wide
 
-LOGITS_BYTES, SLICE_BYTES = 1 << 25, 1 << 23
-"""Of a float32 block of logits, and of a float32 slice of dkernel."""
+LOGITS_BYTES, SLICE_BYTES = 1 << 25, 1 << 22
+"""Of a float32 block of logits, and of a float32 slice of dkernel or of the gradients of a block of logits."""
 FAST_ROWS = 512
 """In a block, where twice those bytes are enough: with fewer, products of matrices wait for the kernel to be read."""
 GROUP_BYTES = 1 << 20
@@ -41,7 +41,7 @@ class Head(NamedTuple):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Those of a block of rows, in float32 or wider."""
-        a = dot(x, self.kernel, ((1,), (0,)))
+        a = dot("rf,fv->rv", x, self.kernel)
         return a if self.bias is None else a + self.bias.astype(a.dtype)
 
 
@@ -70,14 +70,14 @@ class Gradients:
         dkernel, dbias = sums
         dbias = dbias + da.sum(0) if self.bias else None
         da = da.astype(jnp.promote_types(x.dtype, head.kernel.dtype))
-        dx = dot(da, head.kernel, ((1,), (1,))) if self.x else None
+        dx = dot("rv,fv->rf", da, head.kernel) if self.x else None
         return (_add_product(dkernel, x, da) if self.kernel else None, dbias), dx
 
     def tangent(self, x: jax.Array, dx: jax.Array, head: Head, dhead: Head) -> jax.Array:
         """That of a block of logits, from those of x and the head."""
         da = jnp.zeros((x.shape[0], head.vocab), wide(x.dtype))
-        da = da + dot(dx, head.kernel, ((1,), (0,))) if self.x else da
-        da = da + dot(x, dhead.kernel, ((1,), (0,))) if self.kernel else da
+        da = da + dot("rf,fv->rv", dx, head.kernel) if self.x else da
+        da = da + dot("rf,fv->rv", x, dhead.kernel) if self.kernel else da
         return da + dhead.bias.astype(da.dtype) if self.bias and dhead.bias is not None else da
 
 
@@ -109,19 +109,13 @@ def _rows_in_group(a: jax.Array) -> int:
     return block_size(a.shape[0], max(1, GROUP_BYTES // (4 * a.shape[1])))
 
 
-def dot(x: jax.Array, y: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
-    """A product of matrices that adds up in float32 or wider."""
-    dtype = jnp.promote_types(x.dtype, y.dtype)
-    return lax.dot_general(x.astype(dtype), y.astype(dtype), (contract, ((), ())), preferred_element_type=wide(dtype))
-
-
 def _add_product(dkernel: jax.Array, x: jax.Array, da: jax.Array) -> jax.Array:
     """dkernel + xᵀ da."""
     features, vocab = dkernel.shape
-    width = block_size(vocab, max(1, SLICE_BYTES // (4 * max(features, 1))))
+    width = block_size(vocab, max(1, SLICE_BYTES // (4 * max(features, x.shape[0], 1))))
 
     def add(dkernel: jax.Array, start: Any, width: int) -> jax.Array:
-        part = dot(x, lax.dynamic_slice_in_dim(da, start, width, 1), ((0,), (0,)))
+        part = dot("rf,rv->fv", x, lax.dynamic_slice_in_dim(da, start, width, 1))
         return lax.dynamic_update_slice_in_dim(dkernel, lax.dynamic_slice_in_dim(dkernel, start, width, 1) + part, start, 1)
 
     whole = vocab // width

@@ -28,8 +28,9 @@ from jaxtyping import Array, Float, Int
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
+from layers.core.rows import as_rows
 from layers.losses import rows
-from layers.losses.arguments import as_batch, as_rows, check_head, check_labels, read_options
+from layers.losses.arguments import as_batch, check_head, check_labels, read_options
 from layers.losses.head import Gradients, Head, by_groups, fold, replace_by_groups, rows_in_block
 from layers.losses.targets import Options, read_labels, reduced, scale_of
 

@@ -30,8 +30,9 @@ from layers.core.checks import check_block_size
 from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.recompute import barrier
+from layers.core.rows import as_rows
 from layers.losses import rows
-from layers.losses.arguments import as_batch, as_rows, check_head, check_reduction, refuse_traced
+from layers.losses.arguments import as_batch, check_head, check_reduction, refuse_traced
 from layers.losses.divergence import Options, Stats, divergence_gradients, divergences
 from layers.losses.head import Gradients, Head, by_groups, fold, replace_by_groups, rows_in_block
 

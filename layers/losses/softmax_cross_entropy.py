@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from layers.core.blocks import block_size as divide
@@ -27,12 +26,14 @@ from layers.core.checks import check_floating
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
+from layers.core.rows import as_rows
+from layers.core.slices import slice_here
 from layers.losses import rows
-from layers.losses.arguments import as_batch, as_rows, check_labels, read_options
+from layers.losses.arguments import as_batch, check_labels, read_options
 from layers.losses.targets import Options, read_labels, reduced, scale_of
 
 BLOCK_BYTES, NARROW_BLOCK_BYTES = 1 << 20, 1 << 24
-"""Of a float32 block of logits, and of one of 16-bit logits: XLA's CPU compiler before JAX 0.12 goes through all of a 16-bit array to write a block."""
+"""Of a float32 block of logits, and of one of 16-bit logits: to write it, XLA's CPU compiler before JAX 0.12 goes through all of a 16-bit array."""
 
 
 class SoftmaxCrossEntropyFunction(Function):
@@ -93,19 +94,13 @@ def _by_blocks(fn: Callable[..., Any], logits: jax.Array, arrays: tuple[Any, ...
 
         def body(_: None, block: Any) -> tuple[None, Any]:
             places, arrays = block
-            a = _slice_rows(logits, places[0], places.shape[0]) if places.shape[0] else logits
+            a = slice_here(logits, places[0], places.shape[0], 0) if places.shape[0] else logits
             return None, fn(a.astype(wide(a.dtype)), *arrays)
 
         places, size = jnp.arange(logits.shape[0]), options.block_size or divide(logits.shape[0], target)
         return fold_blocks(jax.checkpoint(body, prevent_cse=False), None, (places, arrays), block=size)
 
     return by_device(of_rows, None, (logits, arrays))[1]
-
-
-def _slice_rows(x: jax.Array, start: Any, size: int) -> jax.Array:
-    """Rows of `x`. The barrier keeps XLA's CPU compiler from widening all of a bfloat16 `x` before the loop."""
-    x, start = lax.optimization_barrier((x, start))
-    return lax.dynamic_slice_in_dim(x, start, size)
 
 
 def softmax_cross_entropy(

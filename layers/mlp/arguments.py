@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -58,8 +57,3 @@ def check_norm(name: str, x: jax.Array, scale: jax.Array | None, epsilon: float)
 def as_arrays(*arrays: Any) -> list[Any]:
     """JAX arrays of all that is not None."""
     return [None if a is None else jnp.asarray(a) for a in arrays]
-
-
-def as_rows(x: jax.Array) -> jax.Array:
-    """`x` with one axis in place of the batch axes."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from layers.core.blocks import block_size, map_blocks
 from layers.core.late import scan_blocks_late
-from layers.core.numerics import wide
+from layers.core.numerics import dot, wide
 from layers.core.recompute import barrier
 from layers.mlp import prenorm
 
@@ -40,12 +39,12 @@ class Affine(NamedTuple):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """In float32 or wider."""
-        a = dot(x, self.kernel, 1, 0)
+        a = dot("ri,io->ro", x, self.kernel)
         return a if self.bias is None else a + self.bias.astype(a.dtype)
 
     def add(self, x: Any, dy: jax.Array) -> Affine:
         """These sums of gradients, those that are not None, with those of a block of rows added: input x, gradient dy of the output."""
-        kernel = None if self.kernel is None else self.kernel + dot(x, dy.astype(x.dtype), 0, 0).astype(self.kernel.dtype)
+        kernel = None if self.kernel is None else self.kernel + dot("ri,ro->io", x, dy.astype(x.dtype)).astype(self.kernel.dtype)
         return Affine(kernel, None if self.bias is None else self.bias + dy.astype(self.bias.dtype).sum(0))
 
 
@@ -82,11 +81,6 @@ class Plan(NamedTuple):
         if self.block is not None:
             return min(self.block, max(rows, 1))
         return block_size(rows, max(LEAST_ROWS, HIDDEN_BYTES // (4 * max(hidden_features, 1))))
-
-
-def dot(x: jax.Array, y: jax.Array, i: int, j: int) -> jax.Array:
-    """The product of two matrices over axis i of the one and j of the other, added up in float32 or wider."""
-    return lax.dot_general(x, y, (((i,), (j,)), ((), ())), preferred_element_type=wide(x.dtype))
 
 
 def run(x: jax.Array, scale: Any, ups: Sequence[Affine], down: Affine, plan: Plan) -> tuple[jax.Array, Any]:
@@ -133,11 +127,11 @@ def run_back(dy: jax.Array, x: jax.Array, scale: Any, kept: Any, ups: Sequence[A
             ddown = ddown.add(None, dy)
         if not needs_n and not needs_up:
             return (dscale, dups, ddown), None
-        da = plan.hidden.pull(dot(dy, down.kernel, 1, 1), *a)
+        da = plan.hidden.pull(dot("ro,io->ri", dy, down.kernel), *a)
         dups = [dup.add(n, d) for dup, d in zip(dups, da, strict=True)]
         if not needs_n:
             return (dscale, dups, ddown), None
-        dx = jnp.asarray(sum(dot(d.astype(dtype), up.kernel, 1, 1) for d, up in zip(da, ups, strict=True)))
+        dx = jnp.asarray(sum(dot("ro,io->ri", d.astype(dtype), up.kernel) for d, up in zip(da, ups, strict=True)))
         if scale is not None and rstd is not None:
             dx, more = prenorm.pull(dx, xhat, rstd, scale)
             dscale = dscale + more.astype(dscale.dtype) if needs.scale else None

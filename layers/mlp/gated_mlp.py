@@ -24,7 +24,8 @@ from jaxtyping import Array, Float
 
 from layers.core.elementwise import ACTIVATIONS
 from layers.core.function import Function
-from layers.mlp.arguments import as_arrays, as_rows, check_arrays, check_norm, check_options
+from layers.core.rows import as_rows
+from layers.mlp.arguments import as_arrays, check_arrays, check_norm, check_options
 from layers.mlp.blocks import Affine, Hidden, Needs, Plan, run, run_back
 
 HIDDEN = {

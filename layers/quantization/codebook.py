@@ -1,8 +1,8 @@
 """What vector quantisers share: the nearest code, the estimators of its gradient, sums for each code.
 
 Nearest    argmin_k |x - e_k|² = argmin_k |e_k|² - 2 x·e_k, for blocks of rows, so that the (rows, codes) matrix is never whole. Both are moved by
-           the mean code first, so that codes far from the origin lose no digits. The mean is rounded to 8 bits: on a grid the differences stay
-           exact, and so do ties.
+           the mean code first, so that codes that lie together far from the origin lose no digits; groups far from each other still do, in
+           proportion to their distance. The mean is rounded to 8 bits: on a grid the differences stay exact, and so do ties.
 Rotation   With x̂ = x / |x|, q̂ = q / |q| and r = (x̂ + q̂) / |x̂ + q̂|, the map R = I - 2 r rᵀ + 2 q̂ x̂ᵀ turns x̂ into q̂, and q = λ R x, λ = |q| / |x|.
            Its transpose, with λ and R held, is dx = λ (dy - 2 r (r·dy) + 2 x̂ (q̂·dy)). Where x is 0 there is no direction: dx = dy.
 

@@ -2,7 +2,7 @@
 
     n, p = -2^(bits-1), 2^(bits-1) - 1 (signed) or 0, 2^bits - 1;   u = x / s,   q = round(clip(u, n, p))
 Forward   y = s q
-Backward  dx = dy where n <= u <= p, else 0                     (straight through the rounding, clipped)
+Backward  dx = dy where n < u < p, else 0                       (straight through the rounding, clipped)
           ds = g sum dy (q - u where inside, else q)            (learned step, LSQ);   g = 1 / sqrt(N p)
 
 For an entry inside, y = s round(x / s), so dy/ds = q - u with the rounding passed straight through; for one clipped it is q, n or p itself.

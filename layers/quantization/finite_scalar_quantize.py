@@ -1,6 +1,6 @@
 """Finite scalar quantisation: each channel bounded and rounded to a few levels.
 
-    L odd:  h = (L - 1) (1 + eps) / 2,  o = 0;      L even: o = 1/2
+    L odd:  h = (L - 1) (1 + eps) / 2,  o = 0;      L even: o = 1/2;      eps = min(1/1000, 1 / 2(L - 1)): b is never rounded beyond a level
     b = h tanh(x + atanh(o / h)) - o,   q = round(b)
 Forward   y = q / (L // 2)
 Backward  dx = dy h (1 - t^2) / (L // 2),   t = tanh(x + atanh(o / h))      (straight through the rounding)
@@ -29,7 +29,7 @@ _EPSILON = 1e-3
 def _bounds(levels: tuple[int, ...], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Half width, offset and shift of each channel."""
     count = np.asarray(levels)
-    half = (count - 1) * (1 + _EPSILON) / 2
+    half = (count - 1) / 2 + np.minimum((count - 1) * _EPSILON / 2, 0.25)
     offset = np.where(count % 2 == 0, 0.5, 0.0)
     return tuple(jnp.asarray(v, dtype) for v in (half, offset, np.arctanh(offset / half)))  # type: ignore[return-value]
 

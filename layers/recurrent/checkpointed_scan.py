@@ -34,6 +34,7 @@ def checkpointed_scan(
     length: int | None = None,
     reverse: bool = False,
     unroll: int | bool = 1,
+    _split_transpose: bool = False,
     *,
     budget: int | None = None,
 ) -> tuple[PyTree, PyTree]:
@@ -46,12 +47,13 @@ def checkpointed_scan(
         length: the number of steps, where `xs` is None.
         reverse: from the last step to the first.
         unroll: steps in one iteration of the innermost loop, as in `jax.lax.scan`.
+        _split_transpose: taken because `jax.lax.scan` takes it, and used only where there is nothing to cut: backward is one loop over segments.
         budget: how many steps backward may hold at once, carries that are kept and steps that are being differentiated together; None for
             about 2 √n. With n or more it is `jax.lax.scan`; with fewer than 2 √n segments are cut again, and L cuts need about L n^(1/L) and
             compute every step L times.
 
     Returns:
-        `(carry, ys)`, those of `jax.lax.scan`.
+        `(carry, ys)`, those of `jax.lax.scan`, of the same dtypes; a Python number in `init` is weakly typed, as there.
 
     Raises:
         ValueError: where `budget` is too small for any way to cut n steps.
@@ -63,7 +65,7 @@ def checkpointed_scan(
     steps = length if length is not None else jax.tree.leaves(xs)[0].shape[0]
     sizes = segment_sizes("checkpointed_scan", steps, budget)
     if not steps or not jax.tree.leaves((carry, ys)):
-        return lax.scan(f, init, xs, length, reverse, unroll)
+        return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
     return _Cut(f, reverse, unroll)(_as_types(init, carry), jax.tree.map(jnp.asarray, xs), steps, sizes)
 
 
@@ -134,7 +136,15 @@ def _two_levels(steps: int) -> tuple[int, ...]:
 
 
 def _as_types(values: Any, types: Any) -> Any:
-    return jax.tree.map(lambda x, t: x if jax.dtypes.issubdtype(t.dtype, jax.dtypes.prng_key) else jnp.asarray(x, t.dtype), values, types)
+    """`values` as arrays of these dtypes, weakly typed where the types are."""
+    return jax.tree.map(_as_type, values, types)
+
+
+def _as_type(x: Any, t: Any) -> Any:
+    if jax.dtypes.issubdtype(t.dtype, jax.dtypes.prng_key):
+        return x
+    array = jnp.asarray(x)
+    return array if t.weak_type and array.dtype == t.dtype else jnp.asarray(x, t.dtype)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def gated_linear_attention(
     v: Float[Array, "batch time heads values"],
     g: Float[Array, "batch time heads features"],
     *,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     initial_state: Float[Array, "batch heads features values"] | None = None,
     return_state: bool = False,
     chunk_size: int = 64,
@@ -145,7 +145,7 @@ def gated_linear_attention(
         k: keys.
         v: values.
         g: the logarithm of the factor by which each feature of the state fades at each step, at most 0 for one that does; -inf forgets.
-        scale: multiplies the output; None for 1 / sqrt(features).
+        scale: multiplies the output, a number or scalar array, which has a gradient; None for 1 / sqrt(features).
         initial_state: the state before the first step; None for zeros.
         return_state: whether to return the state after the last step too.
         chunk_size: steps between two states that are kept, a power of 2.
@@ -162,6 +162,8 @@ def gated_linear_attention(
     q, k, v, g = (jnp.asarray(x) for x in (q, k, v, g))
     initial = None if initial_state is None else jnp.asarray(initial_state)
     _check(q, k, v, g, initial, chunk_size)
+    if isinstance(scale, jax.Array):
+        q, scale = q * scale.astype(q.dtype), 1.0
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     out, state = GatedLinearAttentionFunction.apply(q, k, v, g, initial, scale, chunk_size)
     return (out, state) if return_state else out

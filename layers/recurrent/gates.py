@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.core.blocks import block_size
-from layers.core.numerics import wide
+from layers.core.numerics import dot, wide
 
 CHUNK_BYTES = 1 << 21
 """Of the float32 gates of one chunk."""
@@ -95,7 +95,7 @@ def visible(x: jax.Array, keep: Any) -> jax.Array:
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x @ kernel`, of operands of the kernel's dtype, added up in float32 or wider."""
-    return jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=wide(kernel.dtype))
+    return dot("...i,io->...o", x.astype(kernel.dtype), kernel)
 
 
 def gate_products(x: jax.Array, kernel: jax.Array, bias: Any, gates: int) -> list[jax.Array]:

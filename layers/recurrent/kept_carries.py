@@ -28,6 +28,7 @@ from jax.core import eval_jaxpr
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
+from layers.core.trees import is_inexact
 from layers.recurrent.loops import scan
 
 Step = Callable[..., tuple[Any, Any]]
@@ -76,9 +77,9 @@ class CheckpointedScanFunction(Function):
         body: Body = ctx.body
         (consts, carries, xs), cotangents = barrier(ctx.saved_tensors, cotangents)
         wants_const, _, wants_x = body.split(ctx.needs_input_grad[2:])
-        moving = [*wants_const, *(_is_inexact(c) for c in carries), *wants_x]
-        dlast = [d for d in cotangents[: body.carry] if d is not None and _is_inexact(d)]
-        dys = [d for d in cotangents[body.carry :] if d is not None and _is_inexact(d)]
+        moving = [*wants_const, *(is_inexact(c) for c in carries), *wants_x]
+        dlast = [d for d in cotangents[: body.carry] if d is not None and is_inexact(d)]
+        dys = [d for d in cotangents[body.carry :] if d is not None and is_inexact(d)]
 
         def step(carry, row):
             dcarry, sums = carry
@@ -97,16 +98,16 @@ class CheckpointedScanFunction(Function):
         consts, carries, xs = ctx.saved_tensors
         init = [c[-1 if ctx.reverse else 0] for c in carries]
         arrays = (*consts, *init, *xs)
-        moving = [_is_inexact(x) for x in arrays]
+        moving = [is_inexact(x) for x in arrays]
 
         def run(*moved: Any) -> list[Any]:
             consts, init, xs = ctx.body.split(_fill(arrays, moving, moved))
             last, ys = scan(partial(ctx.body.call, consts), init, xs, reverse=ctx.reverse, beside=consts)
-            return [y for y in (*last, *ys) if _is_inexact(y)]
+            return [y for y in (*last, *ys) if is_inexact(y)]
 
         outs = iter(jax.jvp(run, [x for x, m in zip(arrays, moving, strict=True) if m], [t for t, m in zip(tangents, moving, strict=True) if m])[1])
         whole = jax.eval_shape(lambda: scan(partial(ctx.body.call, consts), init, xs, reverse=ctx.reverse, beside=consts))
-        return tuple(next(outs) if _is_inexact(y) else None for y in jax.tree.leaves(whole))
+        return tuple(next(outs) if is_inexact(y) else None for y in jax.tree.leaves(whole))
 
     @staticmethod
     def example(key, dtype):
@@ -120,10 +121,6 @@ class CheckpointedScanFunction(Function):
         return Body(call, 1, 2), True, w, c, jnp.zeros((), jnp.int32), xs
 
 
-def _is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
 def _fill(arrays: Sequence[Any], moving: Sequence[bool], moved: Sequence[Any]) -> list[Any]:
     """`arrays` with `moved` in the places that move."""
     given = iter(moved)
@@ -135,7 +132,7 @@ def _pull_of(body: Body, arrays: Sequence[Any], moving: Sequence[bool]) -> Calla
 
     def outputs(*moved: Any) -> list[Any]:
         carry, y = body.call(*body.split(_fill(arrays, moving, moved)))
-        return [o for o in (*carry, *y) if _is_inexact(o)]
+        return [o for o in (*carry, *y) if is_inexact(o)]
 
     return jax.vjp(outputs, *(x for x, m in zip(arrays, moving, strict=True) if m))[1]
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from layers.core import compat
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
+from layers.core.trees import is_inexact
 from layers.reversible.streams import Streams
 
 Values = dict[int, Any]
@@ -83,7 +83,7 @@ class Chain:
         return x1, x2, seen, changed
 
     def retreat(
-        self, arrays: Sequence[Any], seen: Any, y: tuple[Any, Any], dy: tuple[Any, Any] | None, wanted: Sequence[bool]
+        self, arrays: Sequence[Any], seen: Any, y: tuple[Any, Any], dy: tuple[Any, Any] | None, dstate: Values, wanted: Sequence[bool]
     ) -> tuple[tuple[Any, Any], tuple[Any, Any] | None, list[Any]]:
         """Undoes `advance`.
 
@@ -92,6 +92,7 @@ class Chain:
             seen: what `advance` returned as such.
             y: the two streams at the end.
             dy: their gradients; None to compute none.
+            dstate: gradients of the state as it was at the end, where there are any.
             wanted: which of the arrays need a gradient.
 
         Returns:
@@ -101,7 +102,7 @@ class Chain:
             sums: Values = {}
             for pair, saw in zip(reversed(self.couplings), reversed(seen), strict=True):
                 (y, values), dy = barrier((y, list(arrays)), dy)
-                y, dy, grads = self._uncouple(pair, values, saw, y, dy, wanted)
+                y, dy, grads = self._uncouple(pair, values, saw, y, dy, dstate, wanted)
                 _accumulate(sums, grads)
             return y, dy, [sums.get(i) for i in range(len(arrays))]
         if not self.length:
@@ -110,12 +111,12 @@ class Chain:
         totals = {i: jnp.zeros(arrays[i].shape, wide(arrays[i].dtype)) for i in shared if dy is not None and wanted[i]}
 
         def body(carry: Any, given: Any) -> tuple[Any, Any]:
-            (y, dy, totals), (stacked, saw) = carry, given
-            y, dy, grads = self._uncouple(self.couplings[0], [*stacked, *arrays[self.stacked :]], saw, y, dy, wanted)
+            (y, dy, totals), (stacked, saw, dstate) = carry, given
+            y, dy, grads = self._uncouple(self.couplings[0], [*stacked, *arrays[self.stacked :]], saw, y, dy, dstate, wanted)
             totals = {i: t + grads[i] if i in grads else t for i, t in totals.items()}
             return (y, dy, totals), {i: g for i, g in grads.items() if i < self.stacked}
 
-        given = (list(arrays[: self.stacked]), seen)
+        given = (list(arrays[: self.stacked]), seen, dstate)
         (y, given), dy = barrier((y, given), dy)
         carry = _varying((y, dy, totals), (arrays, y, dy), lambda c: body(c, jax.tree.map(lambda a: a[0], given))[0])
         (y, dy, totals), grads = lax.scan(body, carry, given, self.length, reverse=True)
@@ -129,15 +130,25 @@ class Chain:
         x2 = self.streams.add(x2, _run(g, values, self._as_input(self.streams.read(x1), 0)))
         return x1, x2, (before_f, before_g)
 
-    def _uncouple(self, pair: tuple[Half, Half], values: list[Any], saw: Any, y: Any, dy: Any, wanted: Sequence[bool]) -> tuple[Any, Any, Values]:
+    def _uncouple(
+        self, pair: tuple[Half, Half], values: list[Any], saw: Any, y: Any, dy: Any, dstate: Values, wanted: Sequence[bool]
+    ) -> tuple[Any, Any, Values]:
         (f, g), (y1, y2), (d1, d2) = pair, y, dy or (None, None)
-        y2, d1, grads = self._undo(g, 0, values, saw[1], (y1, y2), (d1, d2), wanted)
-        y1, d2, more = self._undo(f, 1, values, saw[0], (y2, y1), (d2, d1), wanted)
+        y2, d1, grads = self._undo(g, 0, values, saw[1], (y1, y2), (d1, d2), dstate, wanted)
+        y1, d2, more = self._undo(f, 1, values, saw[0], (y2, y1), (d2, d1), dstate, wanted)
         _accumulate(grads, more)
         return (y1, y2), None if dy is None else (d1, d2), grads
 
     def _undo(
-        self, half: Half, which: int, values: list[Any], saw: Values, streams: tuple[Any, Any], grads: tuple[Any, Any], wanted: Sequence[bool]
+        self,
+        half: Half,
+        which: int,
+        values: list[Any],
+        saw: Values,
+        streams: tuple[Any, Any],
+        grads: tuple[Any, Any],
+        dstate: Values,
+        wanted: Sequence[bool],
     ) -> tuple[Any, Any, Values]:
         """Takes `half(x)` from the stream y; x is stream number `which`.
 
@@ -151,14 +162,16 @@ class Chain:
             return self.streams.add(y, half.call(given, self._as_input(point, which))[0], -1), None, {}
         moving = [k for k, i in enumerate(half.places) if wanted[i] and i not in saw]
 
-        def output(moved: list[Any], point: Any) -> Any:
+        def outputs(moved: list[Any], point: Any) -> tuple[Any, Values]:
             now = list(given)
             for k, v in zip(moving, moved, strict=True):
                 now[k] = v
-            return half.call(now, self._as_input(point, which))[0]
+            out, after = half.call(now, self._as_input(point, which))
+            written = (k for k, i in enumerate(half.places) if i in dstate and after[k] is not now[k])
+            return out, {half.places[k]: _varying_as(after[k], dstate[half.places[k]]) for k in written}
 
-        out, pull = jax.vjp(output, [given[k] for k in moving], point)
-        moved_grads, dpoint = pull(dy.astype(out.dtype))
+        (out, state), pull = jax.vjp(outputs, [given[k] for k in moving], point)
+        moved_grads, dpoint = pull((dy.astype(out.dtype), {i: dstate[i] for i in state}))
         summed: Values = {}
         for k, grad in zip(moving, moved_grads, strict=True):
             _accumulate(summed, {half.places[k]: grad})
@@ -196,12 +209,14 @@ def _accumulate(sums: Values, grads: Values) -> None:
         sums[i] = sums[i].astype(wide(grad.dtype)) + grad if i in sums else grad
 
 
+def _varying_as(x: Any, other: Any) -> Any:
+    """`x` marked as varying over the mesh axes that `other` varies over (`shard_map`)."""
+    missing = compat.varying_axes(jax.typeof(other)) - compat.varying_axes(jax.typeof(x))
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
 def _varying(carry: Any, others: Any, step: Callable[[Any], Any]) -> Any:
     """The carry marked as varying over the mesh axes that the loop will make it vary over (`shard_map`)."""
     if not any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, others))):
         return carry
     return compat.vary_like(carry, step)
-
-
-def is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, np.inexact)

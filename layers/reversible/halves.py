@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
-from layers.core.closures import hoist
+from layers.core.closures import hoist, parts_of
 from layers.core.context import is_array
-from layers.reversible.chain import Chain, Half, is_inexact
+from layers.core.trees import is_inexact
+from layers.reversible.chain import Chain, Half
 from layers.reversible.streams import Streams
 
 Call = Callable[[list[Any], Any, tuple[Any, ...], dict[str, Any]], tuple[Any, list[Any]]]
@@ -152,24 +151,9 @@ def _modules_in(fn: Any, visited: set[int]) -> Any:
     visited.add(id(fn))
     if isinstance(fn, nnx.Module):
         yield fn
-    elif isinstance(fn, functools.partial):
-        parts: Any = (fn.func, fn.args, fn.keywords)
-    elif isinstance(fn, types.MethodType):
-        parts = (fn.__func__, fn.__self__)
-    elif isinstance(fn, types.FunctionType):
-        parts = ([_content(c) for c in fn.__closure__ or ()], fn.__defaults__, fn.__kwdefaults__)
-    else:
         return
-    if not isinstance(fn, nnx.Module):
-        for part in jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, nnx.Module)):
-            yield from _modules_in(part, visited)
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
+    for part in jax.tree.leaves(parts_of(fn)[0], is_leaf=lambda x: isinstance(x, nnx.Module)):
+        yield from _modules_in(part, visited)
 
 
 def _refuse_streams_of_keys(who: str, given: Any) -> None:

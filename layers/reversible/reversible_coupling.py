@@ -7,7 +7,10 @@ Undone, with the gradients that arrive at y1 and y2 on their way:
     dy1 += (∂g/∂y1)ᵀ dy2,   x2 = y2 - g(y1)
     dx2 = dy2 + (∂f/∂x2)ᵀ dy1,   x1 = y1 - f(x2),   dx1 = dy1
 
-and each half gives the gradient of its parameters from the same evaluation of f or g. The next coupling's y is this one's x.
+and each half gives the gradient of its parameters from the same evaluation of f or g. The next coupling's y is this one's x. Where a half
+writes state s, such as an auxiliary loss, and something reads it afterwards, its gradient joins that of the half's output:
+
+    dy1 += (∂g/∂y1)ᵀ dy2 + (∂s/∂y1)ᵀ ds
 
 Saved: the two streams at the end of the chain and the arguments, whatever the length; of state that the halves change, such as the counts
 of random streams, the values that each of them saw, so that the same masks are drawn again. The price is one more evaluation of f and g.
@@ -25,8 +28,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from layers.core import compat
+from layers.core.context import is_array
 from layers.core.function import Function
-from layers.reversible.chain import Chain, Half, is_inexact
+from layers.core.trees import is_inexact
+from layers.reversible.chain import Chain, Half
 from layers.reversible.halves import make_chain
 from layers.reversible.streams import Streams
 
@@ -37,39 +43,43 @@ class ReversibleCouplingFunction(Function):
         chain = replace(chain, dtypes=(x1.dtype, x2.dtype))
         y1, y2, seen, changed = chain.advance(arrays, *chain.streams.enter(x1, x2))
         ctx.chain, ctx.y, ctx.seen, ctx.arrays = chain, (y1, y2), seen, arrays
-        ctx.mark_non_differentiable(*jax.tree.leaves(changed))
+        ctx.set_materialize_grads(False)
         return chain.streams.leave(y1, x1.dtype), chain.streams.leave(y2, x2.dtype), changed
 
     @staticmethod
-    def backward(ctx, dy1, dy2, _):
+    def backward(ctx, dy1, dy2, dchanged):
         chain, y = ctx.chain, ctx.y
         dy = (chain.streams.gradient(y[0], dy1), chain.streams.gradient(y[1], dy2))
-        _, (dx1, dx2), grads = chain.retreat(ctx.arrays, ctx.seen, y, dy, ctx.needs_input_grad[3:])
+        dstate = {i: d for i, d in dchanged.items() if d is not None}
+        _, (dx1, dx2), grads = chain.retreat(ctx.arrays, ctx.seen, y, dy, dstate, ctx.needs_input_grad[3:])
         return None, dx1, dx2, *grads
 
     @staticmethod
     def jvp(ctx, _, x1_dot, x2_dot, *arrays_dot):
         chain = ctx.chain
         streams, arrays = chain.streams, list(ctx.arrays)
-        (x1, x2), _, _ = chain.retreat(arrays, ctx.seen, ctx.y, None, ())
+        (x1, x2), _, _ = chain.retreat(arrays, ctx.seen, ctx.y, None, {}, ())
         moving = [i for i, a in enumerate(arrays) if is_inexact(a)]
 
-        def outputs(x1_smooth: Any, x2_smooth: Any, moved: list[Any]) -> tuple[Any, Any]:
+        def outputs(x1_smooth: Any, x2_smooth: Any, moved: list[Any]) -> Any:
             now = dict(enumerate(arrays)) | dict(zip(moving, moved, strict=True))
-            y1, y2, _, _ = chain.advance(list(now.values()), streams.follow(x1, x1_smooth), streams.follow(x2, x2_smooth))
-            return streams.read(y1), streams.read(y2)
+            y1, y2, _, changed = chain.advance(list(now.values()), streams.follow(x1, x1_smooth), streams.follow(x2, x2_smooth))
+            return (streams.read(y1), streams.read(y2), {i: x for i, x in changed.items() if is_inexact(x)}), dict.fromkeys(changed)
 
         at = (streams.read(x1), streams.read(x2), [arrays[i] for i in moving])
-        towards = (x1_dot.astype(at[0].dtype), x2_dot.astype(at[1].dtype), [arrays_dot[i] for i in moving])
-        return *jax.jvp(outputs, at, towards)[1], None
+        given = (x1_dot, x2_dot, [arrays_dot[i] for i in moving])
+        towards = jax.tree.map(lambda x, t: compat.zeros(jax.typeof(x)) if t is None else t.astype(x.dtype), at, given)
+        _, (y1_dot, y2_dot, changed_dot), absent = jax.jvp(outputs, at, towards, has_aux=True)
+        return y1_dot, y2_dot, absent | changed_dot
 
     @staticmethod
     def example(key, dtype):
-        f = Half(lambda arrays, x: (arrays[0] * jnp.sin(x), arrays), (0,), "f")
-        g = Half(lambda arrays, x: (arrays[0] * arrays[1] * x, arrays), (0, 1), "g")
-        chain = Chain(((f, g),), Streams(), stacked=1, length=3)
-        x1, x2, w, v = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 4), ((2, 4), (2, 4), (3, 4), (4,)), strict=True))
-        return chain, x1, x2, w, v
+        f = Half(lambda arrays, x: (arrays[0] * jnp.sin(x), [arrays[0], arrays[0] * (arrays[1] + x[0])]), (0, 1), "f")
+        g = Half(lambda arrays, x: (arrays[0] * arrays[1] * x, arrays), (0, 2), "g")
+        chain = Chain(((f, g),), Streams(), stacked=2, length=3)
+        shapes = ((2, 4), (2, 4), (3, 4), (3, 4), (4,))
+        x1, x2, w, state, v = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 5), shapes, strict=True))
+        return chain, x1, x2, w, state, v
 
 
 def reversible_coupling(
@@ -90,7 +100,8 @@ def reversible_coupling(
 
     Args:
         f: a function, or an `nnx.Module`, from arrays of the shape of `x2` to that of `x1`; or a sequence. What a function closes over is
-            differentiated. It must give the same again when it is called again; a module may change its state, as dropout does.
+            differentiated. It must give the same again when it is called again; a module may change its state, as dropout does, and what reads
+            that state afterwards, such as an auxiliary loss, is differentiated too.
         g: the same from `x1` to `x2`.
         x1, x2: the two streams.
         *args, **kwargs: go to every f and g after its array.
@@ -104,8 +115,8 @@ def reversible_coupling(
 
     Raises:
         ValueError: where f or g returns another shape than the stream that it is added to has, sequences differ in length, or an option is wrong.
-        TypeError: where f or g is no function, or is one that calls a module that changes its state; or x1 or x2 is not of a floating-point
-            dtype.
+        TypeError: where f or g is no function, or is one that calls a module that changes its state; or x1 or x2 is not an array of
+            floating-point dtype.
     """
     fs, gs = ([h] if callable(h) else list(h) for h in (f, g))
     if len(fs) != len(gs):
@@ -129,12 +140,25 @@ def as_stream(who: str, name: str, x: Any) -> jax.Array:
     """`x` as an array.
 
     Raises:
-        TypeError: where it is not of a floating-point dtype.
+        TypeError: where it is not one, or not of a floating-point dtype.
     """
-    x = jnp.asarray(x)
+    x = as_array(who, name, x)
     if not is_inexact(x):
         raise TypeError(f"{who}: {name} is of dtype {x.dtype}, but must be of a floating-point dtype: cast it, {name}.astype('float32')")
     return x
+
+
+def as_array(who: str, name: str, x: Any) -> jax.Array:
+    """`x`, or a number or what converts itself to an array, as an array.
+
+    Raises:
+        TypeError: for a dict, a list or any other object.
+    """
+    if not (is_array(x) or isinstance(x, (bool, int, float, complex)) or hasattr(x, "__jax_array__")):
+        raise TypeError(
+            f"{who}: {name} is a {type(x).__name__}, but must be one array: concatenate the arrays of a pytree, jax.flatten_util.ravel_pytree"
+        )
+    return jnp.asarray(x)
 
 
 def make_streams(who: str, dtype: Any, exact: bool, headroom: float) -> Streams:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.core.trees import is_inexact
 from layers.reversible.chain import Chain
 from layers.reversible.halves import Arrays, make_chain
-from layers.reversible.reversible_coupling import ReversibleCouplingFunction, as_stream, make_streams
+from layers.reversible.reversible_coupling import ReversibleCouplingFunction, as_array, as_stream, make_streams
 from layers.reversible.stacking import stacked
 
 Pair = tuple[nnx.Module, nnx.Module]
@@ -36,7 +37,8 @@ class ReversibleStack(nnx.Module):
 
     Args:
         blocks: pairs (f, g) of modules; or a function that makes such a pair from an `nnx.Rngs`, called `depth` times. Each module takes
-            an array of the shape of one half of the input and returns one of the shape of the other.
+            an array of the shape of one half of the input and returns one of the shape of the other. It may write state when it is called,
+            such as running statistics or an auxiliary loss; what reads that after the call is differentiated as well.
         depth: the number of pairs to make.
         scan: whether to keep the variables of all couplings stacked along a first axis, and to run them as a loop, compiled once.
             They must then be alike. The values are those of the unrolled stack.
@@ -79,7 +81,7 @@ class ReversibleStack(nnx.Module):
 
         Raises:
             ValueError: where `x` cannot be halved, or a module returns another shape than the half that it is added to has.
-            TypeError: where `x` is not of a floating-point dtype.
+            TypeError: where `x` is not of arrays of floating-point dtype.
         """
         chain, arrays, (x1, x2) = self._chain(x, args, kwargs)
         y1, y2, changed = ReversibleCouplingFunction.apply(chain, x1, x2, *arrays.values)
@@ -106,7 +108,7 @@ class ReversibleStack(nnx.Module):
         return chain, arrays, (x1, x2)
 
     def _halved(self, x: Any) -> list[jax.Array]:
-        x = jnp.asarray(x)
+        x = as_array("ReversibleStack", "x", x)
         if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] % 2:
             raise ValueError(
                 f"ReversibleStack: x has shape {x.shape}, which has no two halves along axis {self.axis}; make it even or give a tuple (x1, x2)"
@@ -137,7 +139,7 @@ def _there_and_back(chain: Chain, halves: tuple[Any, Any], arrays: list[Any]) ->
     start = streams.enter(*halves)
     y1, y2, seen, _ = chain.advance(arrays, *start)
     dy = (jnp.ones_like(streams.read(y1)), jnp.ones_like(streams.read(y2)))
-    wanted = [jnp.issubdtype(a.dtype, jnp.inexact) for a in arrays]
-    end, dx, grads = chain.retreat(arrays, seen, (y1, y2), dy, wanted)
+    wanted = [is_inexact(a) for a in arrays]
+    end, dx, grads = chain.retreat(arrays, seen, (y1, y2), dy, {}, wanted)
     pairs = [(streams.read(a), streams.read(b)) for a, b in zip(start, end, strict=True)]
     return [(jnp.max(jnp.abs(a - b), initial=0), jnp.max(jnp.abs(a), initial=0)) for a, b in pairs], (dx, grads)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.core import compat
+from layers.core.trees import is_inexact
 
 
 def stacked(modules: Sequence[nnx.Module]) -> nnx.Module:
@@ -36,7 +37,7 @@ def stacked(modules: Sequence[nnx.Module]) -> nnx.Module:
 def _column(values: list[Any], shared: bool, path: Any) -> Any:
     if shared and compat.is_key(values[0]):
         values = [jax.random.fold_in(v, i) for i, v in enumerate(values)]
-    elif shared and jnp.issubdtype(values[0].dtype, jnp.inexact):
+    elif shared and is_inexact(values[0]):
         raise ValueError(f"ReversibleStack: blocks share the variable {'.'.join(map(str, path))}, which cannot be stacked: use scan=False")
     return jnp.stack(values)
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from layers.core import compat
 from layers.core.function import Function
 from layers.core.numerics import wide
 
@@ -85,9 +86,10 @@ class Streams:
         value = self.read(stream)
         return (jnp.where(stream.fits, value, jnp.nan) if self.exact else value).astype(dtype)
 
-    def gradient(self, stream: Any, dy: jax.Array) -> jax.Array:
-        """The gradient of the stream from that of `leave`."""
-        dy = dy.astype(self.read(stream).dtype)
+    def gradient(self, stream: Any, dy: jax.Array | None) -> jax.Array:
+        """The gradient of the stream from that of `leave`; None is 0."""
+        value = self.read(stream)
+        dy = compat.zeros(jax.typeof(value)) if dy is None else dy.astype(value.dtype)
         return jnp.where(stream.fits, dy, jnp.nan) if self.exact else dy
 
 

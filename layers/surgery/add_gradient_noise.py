@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.core.function import Function
+from layers.core.keys import as_key
 from layers.core.trees import map_floating_together
 
 
@@ -44,12 +45,14 @@ def add_gradient_noise(x: Any, key: jax.Array, *, stddev: float | jax.Array) -> 
 
     Args:
         x: an array or pytree of arrays, of any shape; integer leaves go through.
-        key: a PRNG key; the same key gives the same noise.
+        key: a key of `jax.random`, or an integer seed; the same key gives the same noise.
         stddev: standard deviation of the noise, a number or scalar array, in the units of the gradient.
 
     Raises:
         ValueError: if `stddev` is not a scalar, or a negative number.
+        TypeError: if `key` is no key.
     """
     if jnp.ndim(stddev) != 0 or (isinstance(stddev, (int, float, np.number)) and stddev < 0):
         raise ValueError(f"add_gradient_noise: stddev is {stddev}, but must be a scalar that is not negative")
+    key = as_key("add_gradient_noise: key", key)
     return map_floating_together("add_gradient_noise", lambda leaves: AddGradientNoiseFunction.apply(leaves, key, stddev), x)

@@ -10,33 +10,45 @@ Reference: Neftci, Mostafa and Zenke, "Surrogate Gradient Learning in Spiking Ne
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from layers.core.context import is_array
 from layers.core.function import Function
+from layers.core.trees import is_inexact
 
 
 class ReplaceGradientFunction(Function):
     @staticmethod
-    def forward(ctx, forward_fn, backward_fn, *args):
-        ctx.backward_fn, ctx.args = backward_fn, args
-        return forward_fn(*args)
+    def forward(ctx, forward_fn, backward_fn, tree, *leaves):
+        ctx.slope, ctx.tree, ctx.leaves = backward_fn, tree, leaves
+        return tuple(jnp.asarray(y) for y in jax.tree.leaves(_call(forward_fn, tree, leaves)))
 
     @staticmethod
     def backward(ctx, *dy):
-        out, pull = jax.vjp(ctx.backward_fn, *ctx.args)
-        return None, None, *pull(dy if isinstance(out, tuple) else dy[0])
+        def outputs(arrays):
+            return [y for y in map(jnp.asarray, jax.tree.leaves(_call(ctx.slope, ctx.tree, ctx.leaves, arrays))) if is_inexact(y)]
+
+        pull = jax.vjp(outputs, {i: x for i, x in enumerate(ctx.leaves) if is_array(x) and is_inexact(x)})[1]
+        (dx,) = pull([d for d in dy if d is not None and is_inexact(d)])
+        return None, None, None, *(dx.get(i) for i in range(len(ctx.leaves)))
 
     @staticmethod
-    def surrogate(forward_fn, backward_fn, *args):
-        return backward_fn(*args)
+    def surrogate(forward_fn, backward_fn, tree, *leaves):
+        return tuple(jax.tree.leaves(_call(backward_fn, tree, leaves)))
 
     @staticmethod
     def example(key, dtype):
-        return jnp.sign, jnp.tanh, jax.random.normal(key, (3, 4), dtype)
+        return jnp.sign, jnp.tanh, jax.tree.structure(((0,), {})), jax.random.normal(key, (3, 4), dtype)
+
+
+def _call(fn: Callable[..., Any], tree: Any, leaves: Sequence[Any], arrays: dict[int, Any] | None = None) -> Any:
+    """`fn` of the arguments with these leaves, some of which `arrays` takes the place of."""
+    args, kwargs = jax.tree.unflatten(tree, [(arrays or {}).get(i, x) for i, x in enumerate(leaves)])
+    return fn(*args, **kwargs)
 
 
 def _kind(x: Any) -> tuple[tuple[int, ...], Any]:
@@ -51,18 +63,20 @@ def replace_gradient(forward_fn: Callable[..., Any], backward_fn: Callable[..., 
         backward_fn: a differentiable function of the same arguments with results of the same structure, shapes and dtypes.
 
     Returns:
-        `(*args) -> forward_fn(*args)`, differentiable in every floating-point array of `args`. It raises ValueError where the two
+        `(*args, **kwargs) -> forward_fn(*args, **kwargs)`, differentiable in every floating-point array of them. It raises ValueError where the two
         functions' results differ in structure, shape or dtype: a comparison, whose result is of bool, is cast to that of the slope.
     """
 
     @functools.wraps(forward_fn)
-    def replaced(*args: Any) -> Any:
-        value, slope = jax.eval_shape(forward_fn, *args), jax.eval_shape(backward_fn, *args)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        arrays = {i: x for i, x in enumerate(leaves) if is_array(x)}
+        value, slope = (jax.eval_shape(functools.partial(_call, fn, tree, leaves), arrays) for fn in (forward_fn, backward_fn))
         if jax.tree.map(_kind, value) != jax.tree.map(_kind, slope):
             raise ValueError(
                 f"replace_gradient: forward_fn gives {value}, but backward_fn {slope}; structure, shapes and dtypes must be the same: "
                 "cast what forward_fn returns, .astype(x.dtype)"
             )
-        return ReplaceGradientFunction.apply(forward_fn, backward_fn, *args)
+        return jax.tree.unflatten(jax.tree.structure(value), ReplaceGradientFunction.apply(forward_fn, backward_fn, tree, *leaves))
 
     return replaced

@@ -15,33 +15,37 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from layers.core.function import Function
+from layers.core.trees import is_inexact, map_floating
 
 
 class StraightThroughFunction(Function):
     @staticmethod
-    def forward(ctx, fn, x):
-        return fn(x)
+    def forward(ctx, x, y):
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        return None, dy
+        return dy, None
 
     @staticmethod
-    def surrogate(fn, x):
+    def surrogate(x, y):
         return x
 
     @staticmethod
     def example(key, dtype):
-        return jnp.round, 3 * jax.random.normal(key, (3, 4), dtype)
+        x = 3 * jax.random.normal(key, (3, 4), dtype)
+        return x, jnp.round(x)
 
 
 def straight_through(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A function with the values of `fn` and the gradient of the identity.
 
     Args:
-        fn: maps an array, or a pytree other than a tuple, to one of the same structure, shapes and dtypes. It need not be differentiable.
+        fn: maps an array or pytree to one of the same structure, shapes and dtypes. It need not be differentiable; what it closes over gets
+            no gradient.
 
     Returns:
         `x -> fn(x)`; the gradient of its result is returned for `x` as it is. It raises ValueError where `fn` changes structure, shape or dtype.
@@ -50,8 +54,13 @@ def straight_through(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(fn)
     def estimator(x: Any) -> Any:
         before, after = jax.eval_shape(lambda v: v, x), jax.eval_shape(fn, x)
-        if isinstance(x, tuple) or jax.tree.map(lambda a: (a.shape, a.dtype), before) != jax.tree.map(lambda a: (a.shape, a.dtype), after):
-            raise ValueError(f"straight_through: {getattr(fn, '__name__', fn)} maps {before} to {after}; both must be alike, and no tuple")
-        return StraightThroughFunction.apply(fn, x)
+        if jax.tree.map(_kind, before) != jax.tree.map(_kind, after):
+            raise ValueError(f"straight_through: {getattr(fn, '__name__', fn)} maps {before} to {after}; both must be alike")
+        y = fn(map_floating("straight_through", lax.stop_gradient, x))
+        return jax.tree.map(lambda x, y: StraightThroughFunction.apply(x, y) if is_inexact(jnp.asarray(x)) else y, x, y)
 
     return estimator
+
+
+def _kind(x: Any) -> tuple[tuple[int, ...], Any]:
+    return x.shape, x.dtype

@@ -116,14 +116,16 @@ def markdown(results: dict[str, Any]) -> str:
     """The README's tables of a result file: each layer, then the whole training step."""
     steps = [r for r in results["rows"] if r["name"].startswith("training_step")]
     lines = [
-        "| work, forward and backward | time | temp memory | `jax.checkpoint` time | its memory | dots policy time | its memory | others |",
-        "|---|---|---|---|---|---|---|---|",
+        "| work, forward and backward | time | temp memory | of the limit | `jax.checkpoint` time | its memory "
+        "| dots policy time | its memory | others |",
+        "|" + 9 * "---|",
     ]
     for row in results["rows"]:
         if row in steps:
             continue
         ways = row["ways"]
         cells = [ratio(ways[w][k]) for w in RIVALS for k in ("time_ratio", "temp_ratio")]
+        cells.insert(2, ratio(row.get("share_of_limit")))
         lines.append(f"| {row['work']} | " + " | ".join(cells) + f" | {_others(ways)} |")
     for row in steps:
         lines += ["", f"{row['work']}:", "", "| | time | temp memory | peak resident memory |", "|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""Wide accumulation and a division that cannot fail."""
+"""Wide accumulation, products of matrices and a division that cannot fail."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.core.numerics import safe_reciprocal, wide
+from layers.core.numerics import dot, safe_reciprocal, wide
 from layers.core.recompute import barrier
 
 
@@ -18,6 +18,20 @@ from layers.core.recompute import barrier
 def test_wide_dtype_is_at_least_float32(dtype, expected):
     with jax.enable_x64(True):
         assert wide(jnp.dtype(dtype)) == jnp.dtype(expected)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected"),
+    [("bfloat16", "bfloat16", "float32"), ("float16", "bfloat16", "float32"), ("bfloat16", "float32", "float32"), ("float32", "float64", "float64")],
+)
+def test_product_of_matrices_is_in_the_wide_dtype_of_the_common_one(x, y, expected):
+    with jax.enable_x64(True):
+        assert dot("ij,jk->ik", jnp.ones((2, 3), x), jnp.ones((3, 4), y)).dtype == jnp.dtype(expected)
+
+
+def test_product_of_16_bit_matrices_adds_up_in_32():
+    x = jnp.concatenate([jnp.full((1, 1), 256, jnp.bfloat16), jnp.ones((1, 300), jnp.bfloat16)], 1)
+    np.testing.assert_array_equal(dot("ij,kj->ik", x, jnp.ones_like(x)), [[556]])
 
 
 def test_reciprocal_of_zero_is_zero_with_a_finite_derivative():

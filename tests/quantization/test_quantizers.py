@@ -178,3 +178,10 @@ def test_integers_are_an_error(name):
     options = ((3, 3, 3),) if name == "finite_scalar_quantize" else ()
     with pytest.raises(TypeError, match=f"{name}: x is of dtype int32, but must be of a real floating-point dtype"):
         getattr(layers, name)(jnp.arange(3), *options)
+
+
+@pytest.mark.parametrize("levels", [2, 7, 1001, 1002, 65536, 1 << 20])
+def test_finite_scalar_quantiser_stays_within_its_levels(levels):
+    y, index = layers.finite_scalar_quantize(jnp.array([[-50.0], [50.0]], jnp.float32), (levels,))
+    np.testing.assert_array_equal(index, [0, levels - 1])
+    assert jnp.abs(y).max() <= 1

@@ -42,6 +42,35 @@ def test_eager_calls_and_python_numbers_are_taken():
     assert_trees_close(mine, theirs, rtol=1e-6)
 
 
+MIXED = (0.5, jnp.ones(3, jnp.bfloat16), 0)
+
+
+def mixed(carry, x):
+    scale, c, count = carry
+    return (scale * 1.5, c * scale, count + 1), (scale * x, scale, c)
+
+
+@pytest.mark.parametrize("budget", [None, 8, 100])
+def test_dtypes_and_weak_types_are_those_of_scan(budget):
+    types = lambda scan, **options: jax.eval_shape(lambda x: scan(mixed, MIXED, x, **options), jnp.ones(13, jnp.bfloat16))
+    assert str(types(checkpointed_scan, budget=budget)) == str(types(jax.lax.scan))
+
+
+def test_dtypes_and_weak_types_are_those_of_scan_where_it_is_differentiated():
+    xs = jnp.ones(13, jnp.bfloat16)
+    aux = lambda scan: jax.grad(lambda x: (scan(mixed, MIXED, x)[1][0].astype(jnp.float32).sum(), scan(mixed, MIXED, x)), has_aux=True)(xs)
+    mine, theirs = aux(checkpointed_scan), aux(jax.lax.scan)
+    typed = lambda tree: [(x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
+    assert typed(mine) == typed(theirs)
+    assert_trees_close(mine, theirs, rtol=2**-7)
+
+
+def test_option_of_scan_that_splits_its_transpose_is_taken():
+    f = lambda c, x: (c * x, c)
+    mine, theirs = (s(f, 1.0, jnp.arange(1.0, 6), None, False, 1, True) for s in (checkpointed_scan, jax.lax.scan))
+    assert_trees_close(mine, theirs, rtol=1e-6)
+
+
 def test_gradient_reaches_a_module_in_the_closure():
     class Net(nnx.Module):
         def __init__(self, rngs):
@@ -178,6 +207,13 @@ def test_while_under_vmap_ends_each_element_on_its_own():
 def test_while_stops_at_the_bound(max_steps):
     x, slope = jax.value_and_grad(lambda x: checkpointed_while(lambda x: True, lambda x: 2 * x, x, max_steps=max_steps))(jnp.float32(1.5))
     assert (x, slope) == (1.5 * 2**max_steps, 2**max_steps)
+
+
+@pytest.mark.parametrize("max_steps", [5, 20])
+def test_dtypes_and_weak_types_are_those_of_while_loop(max_steps):
+    cond, body = lambda s: s[0] < 9, lambda s: (s[0] * 1.5, s[1] * s[0], s[2] + 1)
+    mine = jax.eval_shape(lambda: checkpointed_while(cond, body, MIXED, max_steps=max_steps))
+    assert str(mine) == str(jax.eval_shape(lambda: jax.lax.while_loop(cond, body, MIXED)))
 
 
 def test_negative_bound_is_an_error():

@@ -127,3 +127,9 @@ def test_bad_arguments_are_errors(place, value, error, message):
 def test_chunk_that_is_no_power_of_two_is_an_error():
     with pytest.raises(ValueError, match="chunk_size is 6"):
         ours(*draw(dtype=jnp.float32), chunk_size=6)
+
+
+def test_scale_may_be_traced_and_has_a_gradient():
+    *arrays, _ = draw(dtype=jnp.float32)
+    loss = lambda scale: jnp.sum(gated_linear_attention(*arrays, scale=scale) ** 2)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(jnp.asarray(0.5)), 4 * loss(0.5), rtol=1e-5)

@@ -177,6 +177,7 @@ WRONG = {
     "no function": (lambda: reversible_coupling([3], [jnp.tanh], ONES, ONES), TypeError, "f of coupling 0 is a int"),
     "lengths": (lambda: reversible_coupling([jnp.tanh] * 2, [jnp.tanh], ONES, ONES), ValueError, "a sequence of 2 and g of 1"),
     "dtype": (lambda: reversible_coupling(jnp.tanh, jnp.tanh, ONES.astype(int), ONES), TypeError, "x1 is of dtype int32"),
+    "dict": (lambda: reversible_coupling(jnp.tanh, jnp.tanh, ONES, {"a": ONES}), TypeError, "x2 is a dict, but must be one array"),
     "stream dtype": (lambda: reversible_coupling(jnp.tanh, jnp.tanh, ONES, ONES, stream_dtype="int8"), ValueError, "stream_dtype is int8"),
     "exact and complex": (lambda: reversible_coupling(jnp.tanh, jnp.tanh, ONES + 0j, ONES, exact=True), TypeError, "exact"),
 }

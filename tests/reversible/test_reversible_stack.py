@@ -173,6 +173,79 @@ def test_running_statistics_are_those_of_the_plain_stack(scan):
         np.testing.assert_allclose(mean, jnp.stack([f.norm.mean[...] for f in theirs.f]), rtol=1e-6)
 
 
+class Penalty(nnx.Variable):
+    """Of a block, for the loss."""
+
+
+class Penalised(Block):
+    """Leaves a penalty on what goes through it, as the balance of a mixture of experts; `stop` takes its gradient away."""
+
+    def __init__(self, *args, stop=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.penalty, self.stop = Penalty(jnp.zeros((), self.up.kernel.dtype)), stop
+
+    def __call__(self, x):
+        penalty = jnp.mean(self.up(x) ** 2) + self.penalty[...] / 2
+        self.penalty[...] = jax.lax.stop_gradient(penalty) if self.stop else penalty
+        return super().__call__(x)
+
+
+def penalised(stop=False, dtype=jnp.float64):
+    block = lambda rngs: Penalised(3, 5, rngs, stop=stop, param_dtype=dtype)
+    return lambda rngs: (block(rngs), block(rngs))
+
+
+def loss_with_penalties(model, x):
+    y = model(x)
+    return loss(y) + sum(jnp.sum(jnp.sin(p)) for p in jax.tree.leaves(nnx.state(model, Penalty)))
+
+
+@WAYS
+def test_gradient_goes_through_state_that_a_block_leaves(scan, exact):
+    with jax.enable_x64(True):
+        x = draw(0, (4, 6), jnp.float64)
+        run = nnx.jit(nnx.value_and_grad(loss_with_penalties, argnums=(nnx.DiffState(0, (nnx.Param, Penalty)), 1)))
+        (value, (grads, dx)), (expected, (expected_grads, expected_dx)) = (
+            run(m, x) for m in (stack_of(penalised(), 2, scan=scan, exact=exact), Plain(penalised(), 2))
+        )
+        ours, theirs = by_coupling((grads["f"], grads["g"]), scan), by_coupling((expected_grads["f"], expected_grads["g"]), False)
+        assert_trees_close((value, dx, ours), (expected, expected_dx, theirs), rtol=1e-10, atol=1e-12)
+
+
+def test_gradient_of_such_state_alone_is_that_of_autodiff():
+    with jax.enable_x64(True):
+        x = draw(0, (4, 6), jnp.float64)
+
+        def last_penalty(model, x):
+            model(x)
+            return model.g[1].penalty[...]
+
+        ours, theirs = (nnx.grad(last_penalty, argnums=1)(m, x) for m in (stack_of(penalised(), 2), Plain(penalised(), 2)))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+
+
+@SCAN
+def test_tangents_of_such_state_are_pushed_forward(scan):
+    with jax.enable_x64(True):
+        x = draw(0, (4, 6), jnp.float64)
+
+        def slope(model):
+            graph, state = nnx.split(model)
+            return jax.jvp(lambda s, x: loss_with_penalties(nnx.merge(graph, s, copy=True), x), (state, x), (jax.tree.map(jnp.ones_like, state), x))
+
+        assert_trees_close(slope(stack_of(penalised(), 2, scan=scan)), slope(Plain(penalised(), 2)), rtol=1e-11)
+
+
+@SCAN
+def test_state_that_nothing_reads_costs_nothing_in_backward(scan):
+    def costs(stop):
+        run, state = program(stack_of(penalised(stop, jnp.float32), 2, scan=scan))
+        compiled = jax.jit(run).lower(state, draw(0, (4, 6))).compile()
+        return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+    assert costs(False) == costs(True)
+
+
 @SCAN
 def test_eval_mode_switches_dropout_off(scan):
     stack, x = stack_of(maker(dropout=Dropout), 2, scan=scan), draw(0, (4, 6))
@@ -313,6 +386,8 @@ class Narrow(nnx.Module):
 WRONG_CALLS = {
     "odd": (lambda: stack_of(maker(), 1)(jnp.ones((4, 5))), ValueError, r"shape \(4, 5\), which has no two halves"),
     "integers": (lambda: stack_of(maker(), 1)(jnp.ones((4, 6), int)), TypeError, "x is of dtype int32"),
+    "dict": (lambda: stack_of(maker(), 1)({"a": jnp.ones((4, 6))}), TypeError, "x is a dict, but must be one array"),
+    "tuple of dicts": (lambda: stack_of(maker(), 1)(({}, {})), TypeError, "x is a dict, but must be one array"),
     "streams of keys": (lambda: stack_of(maker(), 1)(jnp.ones((4, 6)), rngs=nnx.Rngs(0)), TypeError, "give them to the modules when these are made"),
     "new variables": (
         lambda: ReversibleStack([(Remembering(), Remembering())])(jnp.ones((4, 6))),

@@ -1,5 +1,7 @@
 """Layers that only change the gradient: values untouched, gradients by hand."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,17 @@ def test_straight_through_of_a_function_that_changes_shape_is_an_error():
         layers.straight_through(jnp.sum)(X)
 
 
+def test_straight_through_of_a_tuple():
+    ste = layers.straight_through(lambda t: (jnp.round(t[0]), t[1]))
+    np.testing.assert_array_equal(jax.grad(lambda x: ste((x, 3))[0].sum())(X), jnp.ones_like(X))
+
+
+def test_what_a_straight_through_function_closes_over_gets_no_gradient():
+    ds, dx = jax.grad(lambda s, x: layers.straight_through(lambda v: jnp.round(v / s) * s)(x).sum(), (0, 1))(0.5, X)
+    assert ds == 0
+    np.testing.assert_array_equal(dx, jnp.ones_like(X))
+
+
 def test_replaced_gradient_is_that_of_the_other_function():
     step = layers.replace_gradient(jnp.sign, jnp.tanh)
     np.testing.assert_array_equal(step(X), jnp.sign(X))
@@ -105,6 +118,20 @@ def test_replaced_gradient_of_several_arguments_and_outputs():
     grads = jax.vjp(both, X, 2 * X)[1]((DY, DY))
     np.testing.assert_allclose(grads[0], DY * 2 * X + DY, rtol=1e-6)
     np.testing.assert_allclose(grads[1], DY * X, rtol=1e-6)
+
+
+@pytest.mark.parametrize("number", [3, 3.0, True, np.float32(3)])
+def test_replaced_gradient_goes_past_numbers(number):
+    step = layers.replace_gradient(lambda d, k: jnp.sign(d["x"]) * k, lambda d, k: jnp.tanh(d["x"]) * k)
+    dx = jax.grad(lambda x: step({"x": x, "none": None, "two": 2}, k=number).sum())(X)
+    np.testing.assert_allclose(dx, number * (1 - jnp.tanh(X) ** 2), rtol=1e-5)
+
+
+def test_replaced_gradient_of_a_named_tuple():
+    pair = collections.namedtuple("pair", "y count")
+    step = layers.replace_gradient(lambda x: pair(jnp.sign(x), 1), lambda x: pair(jnp.tanh(x), 1))
+    assert isinstance(step(X), pair)
+    np.testing.assert_allclose(jax.grad(lambda x: step(x).y.sum())(X), 1 - jnp.tanh(X) ** 2, rtol=1e-5)
 
 
 def test_replaced_gradient_of_other_shapes_is_an_error():

@@ -44,7 +44,7 @@ CASES = (
         _args,
         _unrolled,
         _implicit(solver="iteration", backward="iteration", tol=0.0, backward_tol=1e-6),
-        flops=2.0 * 3 * STEPS * 1024 * 512 * 512,
+        flops=2.0 * (2 * STEPS + 1) * 1024 * 512 * 512,
         others=(
             ("Python loop", _python_loop),
             ("GMRES", _implicit(solver="iteration", tol=0.0)),
