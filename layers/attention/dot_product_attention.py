@@ -43,7 +43,7 @@ from layers.attention.weights import before_any_key, exact_output, normalized, s
 from layers.core.function import Function
 from layers.core.numerics import dot, wide
 from layers.core.recompute import barrier
-from layers.core.zeros import zero_after
+from layers.core.zeros import lie_like, zero_after
 
 
 class DotProductAttentionFunction(Function):
@@ -63,8 +63,8 @@ class DotProductAttentionFunction(Function):
             part = fade[..., None] * tile.queries(out) + dot("bkgqs,bskh->bkgqh", mp, tile.keys(v))
             return tile.put(largest, merge_heads(now), 0), total, tile.put(out, merge_heads(part), 0)
 
-        largest, total = (jnp.broadcast_to(x, q.shape[:3]) for x in before_any_key(sinks, dtype))
-        largest, total, out = grid.fold(step, (largest, total, jnp.zeros((*q.shape[:3], v.shape[3]), dtype)))
+        largest, total = (lie_like(jnp.broadcast_to(x, q.shape[:3]), q) for x in before_any_key(sinks, dtype))
+        largest, total, out = grid.fold(step, (largest, total, lie_like(jnp.zeros((*q.shape[:3], v.shape[3]), dtype), q)))
         out, lost = normalized(grid, out, total, q.dtype)
         lse = jnp.where(total > 0, largest + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
         ctx.save_for_backward(q, k, v, bias, sinks, hidden, out, lost, lse)
@@ -94,9 +94,9 @@ class DotProductAttentionFunction(Function):
             return dq, dbias, (dk, of_k), (dv, of_v)
 
         zero = zero_after(delta)
-        dq = jnp.full(q.shape, zero, dtype)
+        dq = lie_like(jnp.full(q.shape, zero, dtype), q)
         dbias = jnp.full(bias.shape, zero, dtype) if wants_bias and bias is not None else None
-        dk, dv = ((jnp.full(x.shape, zero, x.dtype), grid.start_total(x, dtype, zero, 1)) for x in (k, v))
+        dk, dv = ((lie_like(jnp.full(x.shape, zero, x.dtype), x), grid.start_total(x, dtype, zero, 1)) for x in (k, v))
         dq, dbias, (dk, _), (dv, _) = grid.fold(step, (dq, dbias, dk, dv), outer=1)
         dsinks = None if sinks is None else -jnp.sum(sink_weights(sinks, lse) * delta, (0, 1))
         return dq, dk, dv, dbias, dsinks, None, None
@@ -117,7 +117,7 @@ class DotProductAttentionFunction(Function):
             part = dot("bkgqs,bskh->bkgqh", mp * ds, tile.keys(v)) + dot("bkgqs,bskh->bkgqh", mp, tile.keys(dv))
             return tile.add(dout, merge_heads(part), 0), tile.add(dlse, merge_heads((p * ds).sum(-1)), 0)
 
-        dout, dlse = grid.fold(step, (jnp.zeros(out.shape, dtype), jnp.zeros(lse.shape, dtype)))
+        dout, dlse = grid.fold(step, (lie_like(jnp.zeros(out.shape, dtype), q), lie_like(jnp.zeros(lse.shape, dtype), q)))
         if sinks is not None:
             dlse = dlse + sink_weights(sinks, lse) * dsinks.astype(dtype)
         return dout - dlse[..., None] * exact_output(out, lost, dtype), dlse

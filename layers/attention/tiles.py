@@ -22,6 +22,7 @@ from layers.core import compat
 from layers.core.hashing import ODD, below, mix
 from layers.core.numerics import dot, wide
 from layers.core.slices import slice_here
+from layers.core.zeros import lie_like
 
 
 class Tile:
@@ -167,7 +168,7 @@ class Grid:
 
     def start_total(self, x: jax.Array, dtype: Any, zero: Any, side: int) -> jax.Array | None:
         """What `Tile.add_up` adds up in: one block of `x`, in a wider dtype; None where `x` has that dtype."""
-        return None if x.dtype == dtype else jnp.full((x.shape[0], self.blocks[side], *x.shape[2:]), zero, dtype)
+        return None if x.dtype == dtype else lie_like(jnp.full((x.shape[0], self.blocks[side], *x.shape[2:]), zero, dtype), x)
 
     def fold(self, body: Callable[[Any, Tile], Any], carry: Any, *, outer: int = 0) -> Any:
         """`body(carry, tile)` over all tiles, those of a block of the outer side one after the other.

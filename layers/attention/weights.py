@@ -13,6 +13,7 @@ from jax import lax
 
 from layers.attention.tiles import Grid, Tile
 from layers.core.numerics import safe_reciprocal
+from layers.core.zeros import lie_like
 
 
 def before_any_key(sinks: jax.Array | None, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -42,7 +43,7 @@ def normalized(grid: Grid, out: jax.Array, total: jax.Array, dtype: Any) -> tupl
         rounded = exact.astype(dtype)
         return tile.put(carry[0], rounded, 0), tile.put(carry[1], exact - rounded, 0)
 
-    zeros = jnp.zeros(out.shape, dtype)
+    zeros = lie_like(jnp.zeros(out.shape, dtype), out)
     return grid.fold_queries(step, (zeros, zeros))
 
 
@@ -55,7 +56,7 @@ def sums_of_products(grid: Grid, dout: jax.Array, out: jax.Array, lost: jax.Arra
         exact = exact_output(tile.take(out, 0), tile.take(lost, 0), dtype)
         return tile.put(delta, jnp.sum(tile.take(dout, 0).astype(dtype) * exact, -1), 0)
 
-    return grid.fold_queries(step, jnp.zeros(out.shape[:-1], dtype))
+    return grid.fold_queries(step, lie_like(jnp.zeros(out.shape[:-1], dtype), out))
 
 
 def exact_output(out: jax.Array, lost: jax.Array | None, dtype: Any) -> jax.Array:

@@ -7,22 +7,30 @@ import math
 import jax
 import jax.numpy as jnp
 
+from layers.core.blocks import count_lanes
+from layers.core.zeros import explicit_sharding
+
 
 def pack_bits(mask: jax.Array) -> jax.Array:
-    """A mask of any shape as bytes, eight entries to one.
+    """A mask of any shape as bytes, eight entries to one: (lanes, bytes), where the rows that lie on one device are a lane.
 
     The eighths of the flattened mask become the bits of one row of bytes: whole rows are combined, which costs less than
-    neighbouring entries would.
+    neighbouring entries would. A mask that lies along explicit axes of a mesh otherwise than by rows stays as it is.
     """
-    flat = mask.reshape(-1)
-    rows = jnp.pad(flat, (0, -flat.size % 8)).reshape(8, -1).astype(jnp.uint8)
-    packed = rows[0]
+    sharding = explicit_sharding(mask)
+    if sharding is not None and any(sharding.spec[1:]):
+        return mask
+    flat = mask.reshape(count_lanes(mask) if mask.ndim else 1, -1)
+    rows = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % 8))).reshape(len(flat), 8, -1).astype(jnp.uint8)
+    packed = rows[:, 0]
     for i in range(1, 8):
-        packed = packed | (rows[i] << i)
+        packed = packed | (rows[:, i] << i)
     return packed
 
 
 def unpack_bits(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The mask of this shape that `pack_bits` made `packed` of."""
+    if packed.dtype == bool:
+        return packed
     rows = [(packed >> i) & 1 for i in range(8)]
-    return jnp.concatenate(rows)[: math.prod(shape)].reshape(shape).astype(bool)
+    return jnp.concatenate(rows, 1)[:, : math.prod(shape) // len(packed)].reshape(shape).astype(bool)

@@ -2,6 +2,8 @@
 
 Where rows lie on several devices under `jax.jit`, one loop over all of them would gather them on every device. There they are split into lanes,
 runs of rows that follow each other, one for each device of the mesh; the loops of all lanes are one (`jax.vmap`), and their sums are added after it.
+
+Where the number of rows is symbolic (`jax.export`) there are no blocks, whatever their size was to be: all rows are one.
 """
 
 from __future__ import annotations
@@ -9,19 +11,24 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from layers.core import compat
 
 
-def block_size(length: int, target: int) -> int:
-    """The size of the blocks for `length` rows: the largest divisor of `length` in (target / 2, target], else `target`."""
+def block_size(length: int, target: int, asked: int | None = None) -> int:
+    """The size of the blocks for `length` rows: `asked`, if given; else the largest divisor of `length` in (target / 2, target], else `target`."""
+    if is_symbolic_dim(length):
+        return cast(int, length)
+    if asked is not None:
+        return min(asked, max(length, 1))
     if length <= target:
         return max(length, 1)
     divisors = (b for b in range(target, target // 2, -1) if length % b == 0)
@@ -60,6 +67,8 @@ def map_blocks(fn: Callable[..., Any], arrays: Any, *, block: int) -> Any:
 def fold_blocks(body: Callable[..., tuple[Any, Any]], carry: Any, arrays: Any, *, block: int) -> tuple[Any, Any]:
     """`scan_blocks` without lanes, for the rows of one device: `body` may do anything with `carry`, which starts anywhere."""
     length = count_rows(arrays)
+    if is_symbolic_dim(length):
+        return body(carry, arrays)
     full = length // block
     carry = _like_result(body, carry, jax.tree.map(lambda x: x[: min(block, length)], arrays))
     outs = []
@@ -84,8 +93,7 @@ def by_device(fn: Callable[..., tuple[Any, Any]], sums: Any, arrays: Any) -> tup
         sums: zeros, of the shapes and dtypes of the sums.
         arrays: a pytree of arrays with as many rows each.
     """
-    length, (devices, like) = count_rows(arrays), _placement(arrays)
-    lanes = math.gcd(length, devices) if length else 1
+    length, lanes, like = count_rows(arrays), count_lanes(arrays), _placement(arrays)[1]
     if lanes == 1:
         return fn(sums, arrays)
     with contextlib.nullcontext() if like is None else jax.sharding.use_abstract_mesh(like.mesh):
@@ -97,6 +105,12 @@ def by_device(fn: Callable[..., tuple[Any, Any]], sums: Any, arrays: Any) -> tup
 
 def count_rows(arrays: Any) -> int:
     return jax.tree.leaves(arrays)[0].shape[0]
+
+
+def count_lanes(arrays: Any) -> int:
+    """How many runs of rows these arrays are split into, so that none lies on several devices."""
+    length = count_rows(arrays)
+    return 1 if is_symbolic_dim(length) or length == 0 else math.gcd(length, _placement(arrays)[0])
 
 
 def _placement(arrays: Any) -> tuple[int, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from layers.core import compat
 from layers.core.blocks import count_rows, scan_blocks
@@ -25,7 +26,7 @@ def scan_blocks_late(body: Callable[..., tuple[Any, Any]], sums: Any, arrays: An
     The same loop as any other where the rows may lie on several devices, and in a rule that is transposed, which must be linear throughout.
     """
     length, first = count_rows(arrays), jax.tree.leaves(arrays)[0]
-    if length < 2 * block or first.size == 0 or is_transposing() or not on_one_device(*jax.tree.leaves(arrays)):
+    if is_symbolic_dim(length) or length < 2 * block or first.size == 0 or is_transposing() or not on_one_device(*jax.tree.leaves(arrays)):
         return scan_blocks(body, sums, arrays, block=block)
     end = length - length % block
 

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 
 def zero_after(x: jax.Array) -> Any:
@@ -26,3 +27,15 @@ def on_one_device(*arrays: jax.Array) -> bool:
     """Whether each device has all of these arrays, or under `shard_map` all of its own part."""
     meshes = [*(jax.typeof(x).sharding.mesh for x in arrays), jax.sharding.get_abstract_mesh()]
     return all(kind == AxisType.Manual for mesh in meshes for kind in mesh.axis_types)
+
+
+def explicit_sharding(x: jax.Array) -> NamedSharding | None:
+    """How `x` lies along explicit axes of a mesh; None where there are none."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def lie_like(made: jax.Array, x: jax.Array) -> jax.Array:
+    """`made`, what a loop starts from, with its axes along explicit axes of a mesh as the first ones of `x` are."""
+    like = explicit_sharding(x)
+    return made if like is None else jax.sharding.reshard(made, NamedSharding(like.mesh, P(*like.spec[: made.ndim])))

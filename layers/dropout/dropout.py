@@ -28,6 +28,7 @@ from flax import nnx
 from flax.nnx import rnglib
 from flax.nnx.module import first_from
 from jax import lax
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
@@ -153,18 +154,24 @@ def keep_mask(words: jax.Array, keep: float, shape: tuple[int, ...], generator: 
 
 
 def hash_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A uniform uint32 for each index, a function of the words of a key."""
+    """A uniform uint32 for each index, a function of the words of a key.
+
+    A symbolic size (`jax.export`) gives what the same number does, in arrays of up to 2³² elements, but not before another symbolic axis.
+    """
     k0, k1 = _mixed_key(words)
     index, stride = jnp.zeros((), jnp.uint32), 1
     for axis in reversed(range(len(shape))):
         position = lax.broadcasted_iota(jnp.uint32, shape, axis)
-        if stride >= 2**32:
+        if is_symbolic_dim(stride) or stride >= 2**32:
             k1 = mix(k1 + position * jnp.uint32(ODD))
         else:
             index = index + position * jnp.uint32(stride)
-            if stride * shape[axis] > 2**32:
+            if is_symbolic_dim(shape[axis]):
+                high = lax.div(position, jnp.uint32(min(2**32 // stride, 2**32 - 1)))
+                k1 = jnp.where(high > 0, mix(k1 + high * jnp.uint32(ODD)), k1)
+            elif stride * shape[axis] > 2**32:
                 k1 = mix(k1 + lax.div(position, jnp.uint32(2**32 // stride)) * jnp.uint32(ODD))
-        stride *= max(shape[axis], 1)
+        stride *= shape[axis] if is_symbolic_dim(shape[axis]) else max(shape[axis], 1)
     return mix(mix(index + k0) ^ k1)
 
 

@@ -9,6 +9,7 @@ References: Saad and Schultz, "GMRES", 1986; Hestenes and Stiefel, "Methods of C
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -31,26 +32,32 @@ class GMRES:
     """GMRES, started again after `restart` steps. Holds restart + 4 vectors.
 
     Attributes:
-        restart: None for the dimension of the system, which is then solved without a restart, but 100 at most, and fewer where so many
-            vectors would be more than 65536 numbers, down to 20.
+        restart: None for 20 and, where these do not suffice, the dimension of the system; but 100 at most, and fewer where so many vectors
+            would be more than 65536 numbers, down to 20.
     """
 
     restart: int | None = None
 
     def solve(self, a: Map, b: Vector, tol: Any, max_steps: int) -> LinearSolved:
-        size = v.size(b)
-        restart = max(20, min(100, 2**16 // size)) if self.restart is None else self.restart
-        m = min(restart, size * (2 if any(jnp.iscomplexobj(x) for x in b) else 1))
-
-        def cycle(carry: Any) -> Any:
+        def cycle(carry: Any, m: int) -> Any:
             x, r, _, steps = carry
             x, used = self._cycle(a, x, r, tol, m, max_steps - steps)
             r = v.minus(b, a(x))
             return x, r, v.rms(r), steps + used + 1
 
-        start = (v.times(0, b), b, v.rms(b), jnp.zeros((), jnp.int32))
-        x, _, residual, steps = v.while_loop(lambda c: (c[2] > tol) & (c[3] < max_steps), cycle, start)
+        *once, last = self._restarts(v.size(b), v.size(b) * (2 if any(jnp.iscomplexobj(x) for x in b) else 1))
+        carry = (v.times(0, b), b, v.rms(b), jnp.zeros((), jnp.int32))
+        for m in once:
+            carry = v.while_loop(lambda c: (c[2] > tol) & (c[3] == 0), partial(cycle, m=m), carry)
+        x, _, residual, steps = v.while_loop(lambda c: (c[2] > tol) & (c[3] < max_steps), partial(cycle, m=last), carry)
         return LinearSolved(x, residual, steps)
+
+    def _restarts(self, size: int, dimension: int) -> list[int]:
+        """The steps of the first cycle, if it is another than those after it, and of all after it."""
+        if self.restart is not None:
+            return [min(self.restart, dimension)]
+        most = min(max(20, min(100, 2**16 // size)), dimension)
+        return [20, most] if most > 20 else [most]
 
     @staticmethod
     def _cycle(a: Map, x: Vector, r: Vector, tol: Any, m: int, most: Any) -> tuple[Vector, Any]:

@@ -141,7 +141,7 @@ class Newton:
 
     restart: int | None = None
     linear_tol: float = 1e-3
-    linear_steps: int = 100
+    linear_steps: int = 200
 
     def solve(self, system: System, x: Vector) -> Solved:
         def body(carry: Any) -> Any:

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
+from layers.core.zeros import explicit_sharding
 
 
 class LinearFunction(Function):
@@ -36,7 +37,7 @@ class LinearFunction(Function):
         if ctx.needs_input_grad[0]:
             grad_input = grad_output @ weight
         if ctx.needs_input_grad[1]:
-            grad_weight = jnp.tensordot(grad_output, input, (leading, leading))
+            grad_weight = jnp.tensordot(grad_output, input, (leading, leading), out_sharding=explicit_sharding(weight))
         if bias is not None and ctx.needs_input_grad[2]:
             grad_bias = grad_output.sum(leading)
         return (grad_input, grad_weight, grad_bias)[: len(ctx.needs_input_grad)]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from layers.core.blocks import block_size, fold_blocks, scan_blocks
 from layers.core.numerics import dot, wide
@@ -49,7 +50,7 @@ def rows_in_block(rows: int, vocab: int, asked: int | None) -> int:
     """How many of `rows` are in a block; `vocab` counts the logits of a row that are there at once."""
     fit = LOGITS_BYTES // (4 * max(vocab, 1))
     target = FAST_ROWS if FAST_ROWS // 2 <= fit <= FAST_ROWS else max(LEAST_ROWS, min(MOST_ROWS, fit))
-    return min(asked, max(rows, 1)) if asked else block_size(rows, target)
+    return block_size(rows, target, asked)
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ def replace_by_groups(fn: Callable[[jax.Array, Any], jax.Array], a: jax.Array, a
     `fn` has to be elementwise but for what it is given for each row: XLA copies all of `a` for each group that is read again after it is written.
     """
 
+    if is_symbolic_dim(a.shape[0]):
+        return fn(a, arrays)
+
     def body(a: jax.Array, block: Any) -> tuple[jax.Array, None]:
         places, arrays = block
         new = fn(lax.dynamic_slice_in_dim(a, places[0], places.shape[0]), arrays)
@@ -112,7 +116,8 @@ def _rows_in_group(a: jax.Array) -> int:
 def _add_product(dkernel: jax.Array, x: jax.Array, da: jax.Array) -> jax.Array:
     """dkernel + xᵀ da."""
     features, vocab = dkernel.shape
-    width = block_size(vocab, max(1, SLICE_BYTES // (4 * max(features, x.shape[0], 1))))
+    rows = 1 if is_symbolic_dim(x.shape[0]) else x.shape[0]
+    width = block_size(vocab, max(1, SLICE_BYTES // (4 * max(features, rows, 1))))
 
     def add(dkernel: jax.Array, start: Any, width: int) -> jax.Array:
         part = dot("rf,rv->fv", x, lax.dynamic_slice_in_dim(da, start, width, 1))

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Int
 
 from layers.core.blocks import block_size as divide
@@ -94,7 +95,8 @@ def _by_blocks(fn: Callable[..., Any], logits: jax.Array, arrays: tuple[Any, ...
 
         def body(_: None, block: Any) -> tuple[None, Any]:
             places, arrays = block
-            a = slice_here(logits, places[0], places.shape[0], 0) if places.shape[0] else logits
+            everything = is_symbolic_dim(places.shape[0]) or places.shape[0] == 0
+            a = logits if everything else slice_here(logits, places[0], places.shape[0], 0)
             return None, fn(a.astype(wide(a.dtype)), *arrays)
 
         places, size = jnp.arange(logits.shape[0]), options.block_size or divide(logits.shape[0], target)

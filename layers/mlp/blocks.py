@@ -78,9 +78,7 @@ class Plan(NamedTuple):
     epsilon: float = 0.0
 
     def rows_in_block(self, rows: int, hidden_features: int) -> int:
-        if self.block is not None:
-            return min(self.block, max(rows, 1))
-        return block_size(rows, max(LEAST_ROWS, HIDDEN_BYTES // (4 * max(hidden_features, 1))))
+        return block_size(rows, max(LEAST_ROWS, HIDDEN_BYTES // (4 * max(hidden_features, 1))), self.block)
 
 
 def run(x: jax.Array, scale: Any, ups: Sequence[Affine], down: Affine, plan: Plan) -> tuple[jax.Array, Any]:

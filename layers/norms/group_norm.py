@@ -104,7 +104,11 @@ def group_norm(
 
 
 class GroupNorm(nnx.GroupNorm):
-    """`flax.nnx.GroupNorm`: the same arguments, parameters and values; backward keeps two numbers a group beyond the input."""
+    """`flax.nnx.GroupNorm`: the same arguments, parameters and values; backward keeps two numbers a group beyond the input.
+
+    With several groups and `reduction_axes` without all axes of space, (-1,) for one, values are those of the formula, where Flax's are not:
+    it repeats the mean of a group along axis 1 in place of the features.
+    """
 
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
         x, (scale, bias), dtype = statistics.promoted(self, jnp.asarray(x), self.scale, self.bias)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax.nnx.nn import dtypes
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from layers.core.blocks import block_size
 from layers.core.checks import check_floating
@@ -121,8 +122,8 @@ def in_row_blocks(grads: Callable[..., tuple[jax.Array, Any]], arrays: Sequence[
 
 
 def has_blocks(x: jax.Array) -> bool:
-    """Whether `x` has more rows than one block."""
-    return x.size * 4 > BLOCK_BYTES and x.size > x.shape[-1]
+    """Whether `x` has more rows than one block; of a symbolic number there are none."""
+    return not is_symbolic_dim(x.size) and x.size * 4 > BLOCK_BYTES and x.size > x.shape[-1]
 
 
 def check_features(name: str, x: Any, **parameters: Any) -> None:

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layers.core import compat
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.trees import is_inexact
+from layers.reversible.placement import once_as, varying, varying_as
 from layers.reversible.streams import Streams
 
 Values = dict[int, Any]
@@ -78,7 +78,7 @@ class Chain:
             return (x1, x2), (saw, _changed(range(len(values)), values, given))
 
         stacked = list(arrays[: self.stacked])
-        carry = _varying((x1, x2), arrays, lambda c: body(c, [a[0] for a in stacked])[0])
+        carry = varying((x1, x2), arrays, lambda c: body(c, [a[0] for a in stacked])[0])
         (x1, x2), (seen, changed) = lax.scan(body, carry, stacked, self.length)
         return x1, x2, seen, changed
 
@@ -116,9 +116,9 @@ class Chain:
             totals = {i: t + grads[i] if i in grads else t for i, t in totals.items()}
             return (y, dy, totals), {i: g for i, g in grads.items() if i < self.stacked}
 
-        given = (list(arrays[: self.stacked]), seen, dstate)
-        (y, given), dy = barrier((y, given), dy)
-        carry = _varying((y, dy, totals), (arrays, y, dy), lambda c: body(c, jax.tree.map(lambda a: a[0], given))[0])
+        (y, stacked, seen), dy = barrier((y, list(arrays[: self.stacked]), seen), dy)
+        given = (stacked, seen, dstate)  # a barrier marks all that goes through it as varying over the mesh, which dstate need not be
+        carry = varying((y, dy, totals), (arrays, y, dy, dstate), lambda c: body(c, jax.tree.map(lambda a: a[0], given))[0])
         (y, dy, totals), grads = lax.scan(body, carry, given, self.length, reverse=True)
         return y, dy, [(totals | grads).get(i) for i in range(len(arrays))]
 
@@ -168,10 +168,10 @@ class Chain:
                 now[k] = v
             out, after = half.call(now, self._as_input(point, which))
             written = (k for k, i in enumerate(half.places) if i in dstate and after[k] is not now[k])
-            return out, {half.places[k]: _varying_as(after[k], dstate[half.places[k]]) for k in written}
+            return out, {half.places[k]: varying_as(after[k], dstate[half.places[k]]) for k in written}
 
         (out, state), pull = jax.vjp(outputs, [given[k] for k in moving], point)
-        moved_grads, dpoint = pull((dy.astype(out.dtype), {i: dstate[i] for i in state}))
+        moved_grads, dpoint = pull((dy.astype(out.dtype), {i: once_as(dstate[i], x) for i, x in state.items()}))
         summed: Values = {}
         for k, grad in zip(moving, moved_grads, strict=True):
             _accumulate(summed, {half.places[k]: grad})
@@ -207,16 +207,3 @@ def _changed(places: Sequence[int], values: Sequence[Any], given: Sequence[Any])
 def _accumulate(sums: Values, grads: Values) -> None:
     for i, grad in grads.items():
         sums[i] = sums[i].astype(wide(grad.dtype)) + grad if i in sums else grad
-
-
-def _varying_as(x: Any, other: Any) -> Any:
-    """`x` marked as varying over the mesh axes that `other` varies over (`shard_map`)."""
-    missing = compat.varying_axes(jax.typeof(other)) - compat.varying_axes(jax.typeof(x))
-    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
-
-
-def _varying(carry: Any, others: Any, step: Callable[[Any], Any]) -> Any:
-    """The carry marked as varying over the mesh axes that the loop will make it vary over (`shard_map`)."""
-    if not any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, others))):
-        return carry
-    return compat.vary_like(carry, step)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from layers.implicit import LBFGS, Broyden, ConvergenceError, NewtonCG
+from layers.implicit import GMRES, LBFGS, Broyden, ConvergenceError, NewtonCG
 from layers.implicit.argmin import argmin
+from layers.implicit.fixed_point import fixed_point
 from layers.implicit.root import root
 from tests.support import assert_trees_close
 
@@ -62,6 +63,24 @@ def test_root_of_small_numbers_has_an_exact_gradient():
 def test_newton_shortens_steps_that_go_too_far():
     x, convergence = root(jnp.arctan, jnp.float32(20.0))
     assert convergence.converged and abs(x) < 1e-4
+
+
+@pytest.mark.parametrize("size", [30, 100])
+def test_linear_system_without_structure_is_solved_by_default(size):
+    with jax.enable_x64(True):
+        a, b = jax.random.normal(jax.random.key(0), (size, size), jnp.float64), jnp.ones(size)
+        solve = lambda a: root(lambda x: a @ x - b, jnp.zeros(size))
+        (_, (x, convergence)), da = jax.jit(jax.value_and_grad(lambda a: (solve(a)[0].sum(), solve(a)), has_aux=True))(a)
+        want, slope = jax.value_and_grad(lambda a: jnp.linalg.solve(a, b).sum())(a)
+        assert convergence.converged and convergence.iterations == 1
+        np.testing.assert_allclose(x.sum(), want, rtol=1e-9)
+        np.testing.assert_allclose(da, slope, rtol=1e-7, atol=1e-9 * abs(slope).max())
+
+
+@pytest.mark.parametrize(("size", "restart"), [(7, 7), (100, 100), (400, 100), (2000, 32), (10**6, 20)])
+def test_default_restart_is_the_dimension_of_a_small_system_and_bounded_in_memory(size, restart):
+    program = jax.make_jaxpr(lambda b: GMRES().solve(lambda x: x, [b], 1e-3, 9).x)(jax.ShapeDtypeStruct((size,), jnp.float32))
+    assert f"f32[{restart + 1},{size}]" in str(program)
 
 
 def test_second_derivative_of_a_root_is_right():
@@ -164,6 +183,26 @@ def test_throw_raises():
         root(lambda x: x**2 + 1, jnp.float32(3.0), max_steps=5, throw=True)
     with pytest.raises(ConvergenceError, match="argmin: the solve did not converge"):
         argmin(lambda x: x, jnp.float32(3.0), max_steps=5, throw=True)
+
+
+def test_error_names_the_options_that_may_help():
+    with pytest.raises(ConvergenceError, match=r"max_steps=\.\.\., or a larger residual, tol=\.\.\.; .* solver=Newton\(restart="):
+        root(lambda x: x**2 + 1, jnp.float32(3.0), max_steps=5, throw=True)
+    with pytest.raises(RuntimeError, match=r"backward_steps=\.\.\., or a larger residual, backward_tol=\.\.\.; .* backward=GMRES\(restart="):
+        b = jnp.array([1.0, 2.0, 3.0])
+        jax.grad(lambda b: root(lambda x: x**2 - b, jnp.ones(3), backward_steps=1, throw=True)[0].sum())(b)
+
+
+def test_function_that_returns_a_python_number_is_an_equation_too():
+    x, convergence = fixed_point(lambda x: 0.5, 1.0)
+    assert x == 0.5 and convergence.converged
+    (a, b), convergence = root(lambda x: (x[0] - 2, 0.0), (1.0, 3.0))
+    assert abs(a - 2) < 1e-5 and b == 3 and convergence.converged
+
+
+def test_constant_objective_has_its_minimum_where_one_starts():
+    x, convergence = argmin(lambda x: 1.0, 1.0)
+    assert x == 1 and convergence.converged and convergence.iterations == 0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from layers.dropout.dropout import Dropout
 from layers.reversible.reversible_stack import ReversibleStack
@@ -234,6 +235,39 @@ def test_tangents_of_such_state_are_pushed_forward(scan):
             return jax.jvp(lambda s, x: loss_with_penalties(nnx.merge(graph, s, copy=True), x), (state, x), (jax.tree.map(jnp.ones_like, state), x))
 
         assert_trees_close(slope(stack_of(penalised(), 2, scan=scan)), slope(Plain(penalised(), 2)), rtol=1e-11)
+
+
+class Shared(nnx.Module):
+    """Leaves a penalty that is one number for all devices."""
+
+    def __init__(self, w):
+        self.w, self.penalty = nnx.Param(jnp.float32(w)), Penalty(jnp.float32(0))
+
+    def __call__(self, x):
+        self.penalty[...] = self.w[...] ** 2 * jax.lax.pmean(jnp.mean(x**2), "d")
+        return jnp.sin(self.w[...] * x)
+
+
+@SCAN
+def test_gradient_goes_through_state_that_devices_share(scan):
+    pairs = lambda: [(Shared(0.3), Shared(0.5)), (Shared(0.7), Shared(0.9))]
+    mesh, x = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,)), draw(0, (8, 4))
+
+    def run(model):
+        graph, state = nnx.split(model)
+
+        def value(state, x):
+            model = nnx.merge(graph, state, copy=True)
+            y = jax.lax.psum(jnp.sin(model(x)).sum(), "d")
+            return y + sum(jnp.sum(p**2) for p in jax.tree.leaves(nnx.state(model, Penalty)))
+
+        value_and_grad = jax.shard_map(jax.value_and_grad(value, (0, 1)), mesh=mesh, in_specs=(P(), P("d")), out_specs=(P(), (P(), P("d"))))
+        value, (grads, dx) = jax.jit(value_and_grad)(state, x)
+        return value, dx, by_coupling((grads["f"], grads["g"]), getattr(model, "scan", False))
+
+    left = iter(pairs())
+    plain = Plain(lambda _: next(left), 2)
+    assert_trees_close(run(ReversibleStack(pairs(), scan=scan)), run(plain), rtol=1e-5, atol=1e-6)
 
 
 @SCAN

@@ -1,0 +1,33 @@
+"""Over which mesh axes the values of a chain differ from device to device (`shard_map`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+from layers.core import compat
+
+
+def varying_as(x: Any, other: Any) -> Any:
+    """`x` marked as varying over the mesh axes that `other` varies over (`shard_map`)."""
+    missing = _missing_axes(x, other)
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def once_as(gradient: Any, x: Any) -> Any:
+    """`gradient`, that of what is one value on all devices, as that of `x`, which is computed on each: it enters on one of them."""
+    return compat.on_first_device(gradient, _missing_axes(gradient, x))
+
+
+def _missing_axes(x: Any, other: Any) -> tuple[str, ...]:
+    return tuple(sorted(compat.varying_axes(jax.typeof(other)) - compat.varying_axes(jax.typeof(x))))
+
+
+def varying(carry: Any, others: Any, step: Callable[[Any], Any]) -> Any:
+    """The carry marked as varying over the mesh axes that the loop will make it vary over (`shard_map`)."""
+    if not any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, others))):
+        return carry
+    return compat.vary_like(carry, step)
