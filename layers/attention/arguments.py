@@ -35,13 +35,6 @@ def as_query_key_value(*arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     return q, k, v
 
 
-def scaled(q: jax.Array, scale: Any) -> tuple[jax.Array, float]:
-    """The queries, and what is left to multiply the products by; a scale that is an array multiplies the queries."""
-    if isinstance(scale, jax.Array):
-        return q * scale.astype(q.dtype), 1.0
-    return q, float(max(q.shape[3], 1) ** -0.5 if scale is None else scale or 0.0)
-
-
 def bounds_of(is_causal: bool, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
     left, right = (window, window) if window is None or isinstance(window, (int, np.integer)) else window
     if any(n is not None and n < 0 for n in (left, right)):

@@ -41,7 +41,7 @@ from layers.attention.plan import Hidden, Options
 from layers.attention.tiles import Grid, Tile
 from layers.attention.weights import before_any_key, exact_output, normalized, sink_weights, sums_of_products, times, weights_of
 from layers.core.function import Function
-from layers.core.numerics import dot, wide
+from layers.core.numerics import dot, scaled, wide
 from layers.core.recompute import barrier
 from layers.core.zeros import lie_like, zero_after
 
@@ -205,7 +205,7 @@ def dot_product_attention(
     arguments.check_implementation(implementation)
     query, key, value = arguments.as_query_key_value(query, key, value)
     q, k, v = (x if x.ndim == 4 else x[None] for x in (query, key, value))
-    q, scale = arguments.scaled(q, scale)
+    q, scale = scaled(q, scale)
     low, high = arguments.bounds_of(is_causal, local_window_size)
     hidden = arguments.hidden_of(q, k, mask, query_seq_lengths, key_value_seq_lengths, segment_ids, dropout_rate, dropout_key)
     options = Options(scale, arguments.cap_of(logit_soft_cap), low, high, float(dropout_rate), broadcast_dropout)

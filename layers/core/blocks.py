@@ -93,9 +93,10 @@ def by_device(fn: Callable[..., tuple[Any, Any]], sums: Any, arrays: Any) -> tup
         sums: zeros, of the shapes and dtypes of the sums.
         arrays: a pytree of arrays with as many rows each.
     """
-    length, lanes, like = count_rows(arrays), count_lanes(arrays), _placement(arrays)[1]
+    length, lanes = count_rows(arrays), count_lanes(arrays)
     if lanes == 1:
         return fn(sums, arrays)
+    like = _placement(arrays)[1]
     with contextlib.nullcontext() if like is None else jax.sharding.use_abstract_mesh(like.mesh):
         starts = jax.tree.map(lambda s: _place(jnp.broadcast_to(s, (lanes, *s.shape)), like), sums)
         runs = jax.tree.map(lambda x: _place(x, like).reshape(lanes, length // lanes, *x.shape[1:]), arrays)

@@ -20,6 +20,13 @@ def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=wide(dtype))
 
 
+def scaled(q: jax.Array, scale: Any) -> tuple[jax.Array, float]:
+    """Queries (batch, time, heads, features), and what is left to multiply their products by; a scale that is an array multiplies the queries."""
+    if isinstance(scale, jax.Array):
+        return q * scale.astype(q.dtype), 1.0
+    return q, float(max(q.shape[3], 1) ** -0.5 if scale is None else scale or 0.0)
+
+
 def safe_reciprocal(x: jax.Array) -> jax.Array:
     """1 / x, and 0 where x is 0; its derivative is finite there too."""
     zero = x == 0

@@ -17,6 +17,11 @@ def is_inexact(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, np.inexact)
 
 
+def kind_of(x: Any) -> tuple[tuple[int, ...], Any]:
+    """The shape and dtype of an array, or of what stands for one."""
+    return x.shape, x.dtype
+
+
 def map_floating(name: str, fn: Callable[[Any], Any], tree: Any) -> Any:
     """`fn` of every floating-point or complex leaf; other leaves as they are.
 

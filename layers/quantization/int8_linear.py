@@ -20,7 +20,6 @@ Flow", 2024, for int8 in both directions; Gupta et al., "Deep Learning with Limi
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -32,6 +31,7 @@ from jaxtyping import Array, Float
 from layers.core.checks import check_floating
 from layers.core.function import Function, once_differentiable
 from layers.core.numerics import safe_reciprocal, wide
+from layers.core.rows import as_rows
 
 ROUNDINGS = ("nearest", "stochastic", "none")
 
@@ -156,7 +156,7 @@ def int8_linear(
     if (gradient_rounding == "stochastic") != (key is not None):
         given = "no key is given" if key is None else "a key is given"
         raise ValueError(f"int8_linear: gradient_rounding is {gradient_rounding!r} and {given}; rounding at random, and only that, takes a key")
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = as_rows(x)
     y = Int8LinearFunction.apply(rows, kernel, None if bias is None else jnp.asarray(bias), key, gradient_rounding)
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 

@@ -14,7 +14,6 @@ Reference: Zeghidour et al., "SoundStream: An End-to-End Neural Audio Codec", 20
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -25,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
+from layers.core.rows import as_rows
 from layers.quantization.codebook import check_vectors, code_sums, mean_square, nearest, pull_back
 from layers.quantization.vector_quantize import QuantizationLosses
 
@@ -109,6 +109,6 @@ def residual_vector_quantize(
         raise ValueError("residual_vector_quantize: codebooks is empty, but there must be at least one codebook, (codes, features)")
     for codebook in books:
         check_vectors("residual_vector_quantize", x, codebook, gradient)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = as_rows(x)
     y, indices, *losses = ResidualVectorQuantizeFunction.apply(rows, books, gradient)
     return y.reshape(x.shape), indices.reshape(*x.shape[:-1], len(books)), QuantizationLosses(*losses)

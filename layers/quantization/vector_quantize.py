@@ -14,7 +14,6 @@ Reference: van den Oord, Vinyals and Kavukcuoglu, "Neural Discrete Representatio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.recompute import barrier
+from layers.core.rows import as_rows
 from layers.quantization.codebook import check_vectors, code_sums, mean_square, nearest, pull_back
 
 _INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
@@ -122,7 +122,7 @@ def vector_quantize(
     """
     x, codebook = jnp.asarray(x), jnp.asarray(codebook)
     check_vectors("vector_quantize", x, codebook, gradient)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = as_rows(x)
     y, indices, *losses = VectorQuantizeFunction.apply(rows, codebook, gradient)
     return y.reshape(x.shape), indices.reshape(x.shape[:-1]), QuantizationLosses(*losses)
 

@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 
 from layers.core.checks import check_floating
 from layers.core.function import Function
-from layers.core.numerics import wide
+from layers.core.numerics import scaled, wide
 from layers.core.recompute import barrier
 from layers.recurrent.loops import cut, fold_chunks, put
 
@@ -162,9 +162,7 @@ def gated_linear_attention(
     q, k, v, g = (jnp.asarray(x) for x in (q, k, v, g))
     initial = None if initial_state is None else jnp.asarray(initial_state)
     _check(q, k, v, g, initial, chunk_size)
-    if isinstance(scale, jax.Array):
-        q, scale = q * scale.astype(q.dtype), 1.0
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    q, scale = scaled(q, scale)
     out, state = GatedLinearAttentionFunction.apply(q, k, v, g, initial, scale, chunk_size)
     return (out, state) if return_state else out
 

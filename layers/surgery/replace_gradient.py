@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from layers.core.context import is_array
 from layers.core.function import Function
-from layers.core.trees import is_inexact
+from layers.core.trees import is_inexact, kind_of
 
 
 class ReplaceGradientFunction(Function):
@@ -51,10 +51,6 @@ def _call(fn: Callable[..., Any], tree: Any, leaves: Sequence[Any], arrays: dict
     return fn(*args, **kwargs)
 
 
-def _kind(x: Any) -> tuple[tuple[int, ...], Any]:
-    return x.shape, x.dtype
-
-
 def replace_gradient(forward_fn: Callable[..., Any], backward_fn: Callable[..., Any]) -> Callable[..., Any]:
     """A function with the values of `forward_fn` and the gradient of `backward_fn`, such as a step with the slope of a sigmoid.
 
@@ -72,7 +68,7 @@ def replace_gradient(forward_fn: Callable[..., Any], backward_fn: Callable[..., 
         leaves, tree = jax.tree.flatten((args, kwargs))
         arrays = {i: x for i, x in enumerate(leaves) if is_array(x)}
         value, slope = (jax.eval_shape(functools.partial(_call, fn, tree, leaves), arrays) for fn in (forward_fn, backward_fn))
-        if jax.tree.map(_kind, value) != jax.tree.map(_kind, slope):
+        if jax.tree.map(kind_of, value) != jax.tree.map(kind_of, slope):
             raise ValueError(
                 f"replace_gradient: forward_fn gives {value}, but backward_fn {slope}; structure, shapes and dtypes must be the same: "
                 "cast what forward_fn returns, .astype(x.dtype)"

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.core.function import Function
-from layers.core.trees import is_inexact, map_floating
+from layers.core.trees import is_inexact, kind_of, map_floating
 
 
 class StraightThroughFunction(Function):
@@ -54,13 +54,9 @@ def straight_through(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     @functools.wraps(fn)
     def estimator(x: Any) -> Any:
         before, after = jax.eval_shape(lambda v: v, x), jax.eval_shape(fn, x)
-        if jax.tree.map(_kind, before) != jax.tree.map(_kind, after):
+        if jax.tree.map(kind_of, before) != jax.tree.map(kind_of, after):
             raise ValueError(f"straight_through: {getattr(fn, '__name__', fn)} maps {before} to {after}; both must be alike")
         y = fn(map_floating("straight_through", lax.stop_gradient, x))
         return jax.tree.map(lambda x, y: StraightThroughFunction.apply(x, y) if is_inexact(jnp.asarray(x)) else y, x, y)
 
     return estimator
-
-
-def _kind(x: Any) -> tuple[tuple[int, ...], Any]:
-    return x.shape, x.dtype
