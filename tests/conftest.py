@@ -1,8 +1,12 @@
-"""Every test runs on 8 CPU devices with float64 available through `jax.enable_x64`."""
+"""Every test runs on 8 CPU devices with float64 available through `jax.enable_x64`.
+
+`JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest` runs them on a GPU instead, where those of several devices and of the memory that
+XLA plans on a CPU do not hold.
+"""
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
@@ -19,6 +23,7 @@ Compilation takes most of the time of the others, and is quicker without LLVM's 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_compilation(request):
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", not request.module.__name__.startswith(OPTIMIZED))
+    quick = jax.default_backend() == "cpu" and not request.module.__name__.startswith(OPTIMIZED)
+    jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from layers.core.blocks import block_size
+from layers.core.machine import choose, on_accelerator
 
 LARGEST, EFFICIENT, SMALLEST = (512, 256), 128, 16
 """Of a block: where it may grow to, shrink to so that few hidden scores are computed, and shrink to so that tiles stay smaller than the queries."""
 PARALLEL = 1 << 23
 """The products in a tile of one head from which on XLA's CPU compiler computes it on several cores: twice as fast."""
+FAR, ROOM = (1024, 1024), 8
+"""Where a block may grow to on an accelerator, which waits for each tile, and how much larger its tiles may be."""
 
 
 class Hidden(NamedTuple):
@@ -55,7 +58,7 @@ class Options:
 
 def choose_blocks(queries: int, keys: int, head_dim: int, narrow: bool = False) -> tuple[int, int]:
     """The sizes of the blocks of queries and of keys; `narrow` for 16-bit queries."""
-    (rows, columns), whole = map(min, (queries, keys), LARGEST), max(queries, keys) * head_dim
+    (rows, columns), whole = map(min, (queries, keys), choose(LARGEST, FAR)), max(queries, keys) * head_dim * choose(1, ROOM)
 
     def halved() -> tuple[int, int]:
         return (-(-rows // 2), columns) if rows > columns else (rows, -(-columns // 2))
@@ -68,7 +71,7 @@ def choose_blocks(queries: int, keys: int, head_dim: int, narrow: bool = False) 
 
     while large() and max(rows, columns) > SMALLEST:
         rows, columns = halved()
-    while rows * columns * head_dim < PARALLEL and max(rows, columns) > EFFICIENT:
+    while not on_accelerator() and rows * columns * head_dim < PARALLEL and max(rows, columns) > EFFICIENT:
         rows, columns = halved()
     return block_size(queries, rows), block_size(keys, columns)
 

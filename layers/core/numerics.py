@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from layers.core.machine import on_accelerator
+
 
 def wide(dtype: Any) -> Any:
     """The dtype to accumulate in: float32, or the dtype itself where it is wider (complex64 at least for complex)."""
@@ -18,6 +20,14 @@ def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """A product of matrices, as `jnp.einsum` writes it: of operands of their common dtype, added up in float32 or wider."""
     dtype = jnp.promote_types(x.dtype, y.dtype)
     return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=wide(dtype))
+
+
+def hidden_dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`dot`, of what is only gone through once: on an accelerator the 16-bit product of 16-bit operands, rounded after it is added up."""
+    dtype = jnp.promote_types(x.dtype, y.dtype)
+    if wide(dtype) == dtype or not on_accelerator():
+        return dot(spec, x, y)
+    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype)).astype(wide(dtype))
 
 
 def scaled(q: jax.Array, scale: Any) -> tuple[jax.Array, float]:

@@ -18,10 +18,13 @@ from jax import lax
 from jax.export import is_symbolic_dim
 
 from layers.core.blocks import block_size, fold_blocks, scan_blocks
+from layers.core.machine import UNLIMITED, choose, on_accelerator
 from layers.core.numerics import dot, wide
 
 LOGITS_BYTES, SLICE_BYTES = 1 << 25, 1 << 22
-"""Of a float32 block of logits, and of a float32 slice of dkernel or of the gradients of a block of logits."""
+"""On a CPU, of a float32 block of logits, and of a float32 slice of dkernel or of the gradients of a block of logits."""
+FAR_LOGITS_BYTES, FAR_BLOCKS = 1 << 29, 4
+"""On an accelerator, which waits for each step of a loop: of a block of logits, and how many there are at least. Blocks are not divided further."""
 FAST_ROWS = 512
 """In a block, where twice those bytes are enough: with fewer, products of matrices wait for the kernel to be read."""
 GROUP_BYTES = 1 << 20
@@ -48,7 +51,9 @@ class Head(NamedTuple):
 
 def rows_in_block(rows: int, vocab: int, asked: int | None) -> int:
     """How many of `rows` are in a block; `vocab` counts the logits of a row that are there at once."""
-    fit = LOGITS_BYTES // (4 * max(vocab, 1))
+    fit = choose(LOGITS_BYTES, FAR_LOGITS_BYTES) // (4 * max(vocab, 1))
+    if on_accelerator() and not is_symbolic_dim(rows):
+        return block_size(rows, max(MOST_ROWS, min(fit, rows // FAR_BLOCKS)), asked)
     target = FAST_ROWS if FAST_ROWS // 2 <= fit <= FAST_ROWS else max(LEAST_ROWS, min(MOST_ROWS, fit))
     return block_size(rows, target, asked)
 
@@ -110,14 +115,14 @@ def replace_by_groups(fn: Callable[[jax.Array, Any], jax.Array], a: jax.Array, a
 
 
 def _rows_in_group(a: jax.Array) -> int:
-    return block_size(a.shape[0], max(1, GROUP_BYTES // (4 * a.shape[1])))
+    return block_size(a.shape[0], max(1, choose(GROUP_BYTES, UNLIMITED) // (4 * a.shape[1])))
 
 
 def _add_product(dkernel: jax.Array, x: jax.Array, da: jax.Array) -> jax.Array:
     """dkernel + xᵀ da."""
     features, vocab = dkernel.shape
     rows = 1 if is_symbolic_dim(x.shape[0]) else x.shape[0]
-    width = block_size(vocab, max(1, SLICE_BYTES // (4 * max(features, rows, 1))))
+    width = block_size(vocab, max(1, choose(SLICE_BYTES, UNLIMITED) // (4 * max(features, rows, 1))))
 
     def add(dkernel: jax.Array, start: Any, width: int) -> jax.Array:
         part = dot("rf,rv->fv", x, lax.dynamic_slice_in_dim(da, start, width, 1))

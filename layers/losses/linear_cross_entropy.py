@@ -173,7 +173,8 @@ def linear_cross_entropy(
         return_logsumexp: whether to return the logsumexp of each row, which is differentiable.
         return_accuracy: whether to return the share of the rows that count in which the largest logit is that of the label; with
             "none" 1 or 0 for each row.
-        block_size: rows in a block; None to choose: 512 where their logits take at most 64 MiB, else as many as take 32 MiB, but 32 to 1024.
+        block_size: rows in a block; None to choose: on a CPU 512 where their logits take at most 64 MiB, else as many as take 32 MiB, but 32
+            to 1024; on an accelerator a quarter of all, or as many as take 512 MiB, but at least 1024.
 
     Returns:
         The loss, a float32 scalar (or wider) or (*batch); with `return_logsumexp` and `return_accuracy` a tuple of it and these, in this order.

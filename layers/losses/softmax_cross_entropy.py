@@ -25,6 +25,7 @@ from layers.core.blocks import block_size as divide
 from layers.core.blocks import by_device, fold_blocks
 from layers.core.checks import check_floating
 from layers.core.function import Function
+from layers.core.machine import UNLIMITED, choose
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
@@ -34,7 +35,9 @@ from layers.losses.arguments import as_batch, check_labels, read_options
 from layers.losses.targets import Options, read_labels, reduced, scale_of
 
 BLOCK_BYTES, NARROW_BLOCK_BYTES = 1 << 20, 1 << 24
-"""Of a float32 block of logits, and of one of 16-bit logits: to write it, XLA's CPU compiler before JAX 0.12 goes through all of a 16-bit array."""
+"""On a CPU, of a float32 block of logits, and of one of 16-bit logits: to write it, its compiler before JAX 0.12 goes through all of a 16-bit array.
+
+On an accelerator one block takes all."""
 
 
 class SoftmaxCrossEntropyFunction(Function):
@@ -91,7 +94,7 @@ def _by_blocks(fn: Callable[..., Any], logits: jax.Array, arrays: tuple[Any, ...
     def of_rows(_: None, arrays: Any) -> tuple[None, Any]:
         logits, arrays = arrays
         narrow = wide(logits.dtype) != logits.dtype
-        target = max(1, (NARROW_BLOCK_BYTES if narrow else BLOCK_BYTES) // (4 * max(logits.shape[1], 1)))
+        target = max(1, choose(NARROW_BLOCK_BYTES if narrow else BLOCK_BYTES, UNLIMITED) // (4 * max(logits.shape[1], 1)))
 
         def body(_: None, block: Any) -> tuple[None, Any]:
             places, arrays = block
@@ -128,7 +131,7 @@ def softmax_cross_entropy(
         logits: a row for each label.
         labels, ignore_index, label_smoothing, z_loss, logit_soft_cap, class_weights, reduction, return_logsumexp, return_accuracy: as in
             `linear_cross_entropy`.
-        block_size: rows in a block; None to choose so that one takes 1 MiB in float32, in 16 bits 16 MiB.
+        block_size: rows in a block; None to choose: on a CPU so that one takes 1 MiB in float32, in 16 bits 16 MiB; else all.
 
     Returns:
         The loss, a float32 scalar (or wider) or (*batch); with `return_logsumexp` and `return_accuracy` a tuple of it and these, in this order.

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 
 from layers.core.blocks import block_size, map_blocks
 from layers.core.late import scan_blocks_late
-from layers.core.numerics import dot, wide
+from layers.core.machine import choose
+from layers.core.numerics import dot, hidden_dot, wide
 from layers.core.recompute import barrier
 from layers.mlp import prenorm
 
-HIDDEN_BYTES = 1 << 22
-"""Of a float32 block of the hidden layer."""
-LEAST_ROWS = 128
+HIDDEN_BYTES, FAR_HIDDEN_BYTES = 1 << 22, 1 << 28
+"""Of a float32 block of the hidden layer on a CPU, and of a block on an accelerator."""
+LEAST_ROWS, FAR_LEAST_ROWS = 128, 2048
 """In a block: with fewer the kernels and the sums of their gradients are read too often."""
 
 
@@ -39,7 +40,7 @@ class Affine(NamedTuple):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """In float32 or wider."""
-        a = dot("ri,io->ro", x, self.kernel)
+        a = hidden_dot("ri,io->ro", x, self.kernel)
         return a if self.bias is None else a + self.bias.astype(a.dtype)
 
     def add(self, x: Any, dy: jax.Array) -> Affine:
@@ -77,8 +78,10 @@ class Plan(NamedTuple):
     dtype: Any = None
     epsilon: float = 0.0
 
-    def rows_in_block(self, rows: int, hidden_features: int) -> int:
-        return block_size(rows, max(LEAST_ROWS, HIDDEN_BYTES // (4 * max(hidden_features, 1))), self.block)
+    def rows_in_block(self, rows: int, hidden_features: int, dtype: Any) -> int:
+        """Of a hidden layer of a dtype."""
+        least, size, width = choose((LEAST_ROWS, HIDDEN_BYTES, 4), (FAR_LEAST_ROWS, FAR_HIDDEN_BYTES, jnp.dtype(dtype).itemsize))
+        return block_size(rows, max(least, size // (width * max(hidden_features, 1))), self.block)
 
 
 def run(x: jax.Array, scale: Any, ups: Sequence[Affine], down: Affine, plan: Plan) -> tuple[jax.Array, Any]:
@@ -92,7 +95,7 @@ def run(x: jax.Array, scale: Any, ups: Sequence[Affine], down: Affine, plan: Pla
         y = down(plan.hidden.value(*a).astype(dtype))
         return y.astype(dtype), [a.astype(dtype) for a in a] if plan.keep else None
 
-    return map_blocks(block, x, block=plan.rows_in_block(x.shape[0], down.kernel.shape[0]))
+    return map_blocks(block, x, block=plan.rows_in_block(x.shape[0], down.kernel.shape[0], dtype))
 
 
 class Needs(NamedTuple):
@@ -106,7 +109,7 @@ class Needs(NamedTuple):
 
 def run_back(dy: jax.Array, x: jax.Array, scale: Any, kept: Any, ups: Sequence[Affine], down: Affine, plan: Plan, needs: Needs) -> Needs:
     """The gradients that `needs` asks for, None for the others."""
-    dtype, rows = dy.dtype, plan.rows_in_block(dy.shape[0], down.kernel.shape[0])
+    dtype, rows = dy.dtype, plan.rows_in_block(dy.shape[0], down.kernel.shape[0], dy.dtype)
     if rows >= dy.shape[0]:  # there is no loop to protect what is recomputed
         (x, scale, kept, ups, down), dy = barrier((x, scale, kept, ups, down), dy)
     dscale = _zeros(Affine(None, scale), Affine(False, needs.scale)).bias
@@ -125,7 +128,7 @@ def run_back(dy: jax.Array, x: jax.Array, scale: Any, kept: Any, ups: Sequence[A
             ddown = ddown.add(None, dy)
         if not needs_n and not needs_up:
             return (dscale, dups, ddown), None
-        da = plan.hidden.pull(dot("ro,io->ri", dy, down.kernel), *a)
+        da = plan.hidden.pull(hidden_dot("ro,io->ri", dy, down.kernel), *a)
         dups = [dup.add(n, d) for dup, d in zip(dups, da, strict=True)]
         if not needs_n:
             return (dscale, dups, ddown), None

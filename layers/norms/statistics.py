@@ -25,10 +25,11 @@ from jax.export import is_symbolic_dim
 from layers.core.blocks import block_size
 from layers.core.checks import check_floating
 from layers.core.late import scan_blocks_late
+from layers.core.machine import UNLIMITED, choose
 from layers.core.numerics import wide
 
 BLOCK_BYTES = 1 << 19
-"""Of one float32 array in a block of rows: two or three of them stay in a core's cache."""
+"""Of one float32 array in a block of rows, on a CPU: two or three of them stay in a core's cache. An accelerator takes all rows in one."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def in_row_blocks(grads: Callable[..., tuple[jax.Array, Any]], arrays: Sequence[
     shape = arrays[0].shape
     rows = [a.reshape(-1, a.shape[-1]) for a in arrays]
     length = rows[0].shape[0]
-    block = block_size(length, max(1, BLOCK_BYTES // (4 * max(shape[-1], 1))))
+    block = block_size(length, max(1, choose(BLOCK_BYTES, UNLIMITED) // (4 * max(shape[-1], 1))))
     like = jax.eval_shape(lambda *r: grads(*r)[1], *rows)
 
     def body(sums: Any, rows: Sequence[jax.Array]) -> tuple[Any, jax.Array]:
@@ -123,7 +124,7 @@ def in_row_blocks(grads: Callable[..., tuple[jax.Array, Any]], arrays: Sequence[
 
 def has_blocks(x: jax.Array) -> bool:
     """Whether `x` has more rows than one block; of a symbolic number there are none."""
-    return not is_symbolic_dim(x.size) and x.size * 4 > BLOCK_BYTES and x.size > x.shape[-1]
+    return not is_symbolic_dim(x.size) and x.size * 4 > choose(BLOCK_BYTES, UNLIMITED) and x.size > x.shape[-1]
 
 
 def check_features(name: str, x: Any, **parameters: Any) -> None:

@@ -15,15 +15,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from layers.core.blocks import block_size, map_blocks
+from layers.core.blocks import block_size, by_device, map_blocks
 from layers.core.checks import check_floating
+from layers.core.machine import choose
 from layers.core.numerics import safe_reciprocal, wide
+from layers.core.zeros import explicit_sharding
 
 GRADIENTS = ("straight_through", "rotation")
 
-BLOCK_BYTES = 1 << 21
-"""Of the distances of a block of rows: they stay in a core's cache."""
+BLOCK_BYTES, FAR_BLOCK_BYTES = 1 << 21, 1 << 27
+"""Of the distances of a block of rows, on a CPU, where they stay in a core's cache, and on an accelerator."""
 
 LEAST_ROWS = 64
 """A block has as many, however large the codebook: a matrix product of fewer rows is slow."""
@@ -55,8 +59,14 @@ def nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
         first = jnp.where(scores == least, jnp.arange(count, dtype=jnp.int32), count).min(-1)
         return jnp.where(first == count, broken, first)
 
-    block = block_size(len(x), max(LEAST_ROWS, BLOCK_BYTES // (dtype.itemsize * count)))
+    block = block_size(x.shape[0], max(LEAST_ROWS, choose(BLOCK_BYTES, FAR_BLOCK_BYTES) // (dtype.itemsize * count)))
     return map_blocks(index, x, block=block)
+
+
+def codes_at(codebook: jax.Array, indices: jax.Array) -> jax.Array:
+    """`codebook[indices]`, which lies along explicit axes of a mesh as the indices do."""
+    like = explicit_sharding(indices)
+    return codebook.at[indices].get(out_sharding=None if like is None else NamedSharding(like.mesh, P(*like.spec, None)))
 
 
 def pull_back(gradient: str, x: jax.Array, q: jax.Array, dy: jax.Array) -> jax.Array:
@@ -75,13 +85,23 @@ def pull_back(gradient: str, x: jax.Array, q: jax.Array, dy: jax.Array) -> jax.A
 
 
 def code_sums(rows: jax.Array, indices: jax.Array, count: int) -> jax.Array:
-    """The sum of the rows of each index, (count, features), in float32 or wider."""
-    return jax.ops.segment_sum(rows.astype(wide(rows.dtype)), indices, count)
+    """The sum of the rows of each index, (count, *features), in float32 or wider."""
+
+    def add(sums: jax.Array, arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        rows, indices = arrays
+        return sums + jax.ops.segment_sum(rows.astype(sums.dtype), indices, count), None
+
+    return by_device(add, jnp.zeros((count, *rows.shape[1:]), wide(rows.dtype)), (rows, indices))[0]
 
 
 def mean_square(x: jax.Array) -> jax.Array:
     """The mean of the squares of all entries, 0 where there are none."""
-    return jnp.square(x).sum() / max(x.size, 1)
+    return jnp.square(x).sum() / entries(x)
+
+
+def entries(x: jax.Array) -> jax.Array:
+    """The number of entries, at least 1, in float32 or wider; it may be symbolic (`jax.export`)."""
+    return jnp.maximum(jnp.asarray(x.size, wide(x.dtype)), 1)
 
 
 def _norm(x: jax.Array) -> jax.Array:

@@ -16,9 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from layers.core.blocks import block_size
 from layers.core.numerics import dot, wide
+from layers.core.zeros import explicit_sharding
 
 CHUNK_BYTES = 1 << 21
 """Of the float32 gates of one chunk."""
@@ -43,8 +45,8 @@ class Plan:
 
     @staticmethod
     def of(time: int, batch: int, gates: int, **options: Any) -> Plan:
-        """The plan with chunks of a size that suits the caches."""
-        target = CHUNK_BYTES // max(4 * batch * gates, 1)
+        """The plan with chunks of a size that suits the caches, whatever the batch where that is symbolic (`jax.export`)."""
+        target = 64 if is_symbolic_dim(batch) else CHUNK_BYTES // max(4 * batch * gates, 1)
         return Plan(steps=block_size(time, min(max(target, 16), 128)), **options)
 
     def time(self, x: jax.Array) -> int:
@@ -109,11 +111,13 @@ def summed_product(x: jax.Array, da: jax.Array, like: jax.Array) -> jax.Array:
 
     In two or four parts of the time, added at the end: the rounding error of a sum in one go grows with its length.
     """
-    parts = math.gcd(x.shape[0], 4 if x.shape[0] * x.shape[1] >= 1024 else 2)
-    x, da, size = x.astype(like.dtype), da.astype(like.dtype), x.shape[0] // parts
+    time, batch = x.shape[:2]
+    parts = 1 if is_symbolic_dim(time) else math.gcd(time, 4 if is_symbolic_dim(batch) or time * batch >= 1024 else 2)
+    x, da, size = x.astype(like.dtype), da.astype(like.dtype), time // parts
     both = (((0, 1), (0, 1)), ((), ()))
-    pieces = [(x[t : t + size], da[t : t + size]) for t in range(0, x.shape[0], size)]
-    return functools.reduce(jnp.add, (lax.dot_general(*p, both, preferred_element_type=wide(like.dtype)) for p in pieces))
+    pieces = [(x[i * size : (i + 1) * size], da[i * size : (i + 1) * size]) for i in range(parts)]
+    options: dict[str, Any] = {"preferred_element_type": wide(like.dtype), "out_sharding": explicit_sharding(like)}
+    return functools.reduce(jnp.add, (lax.dot_general(*p, both, **options) for p in pieces))
 
 
 def zero_sums(parameters: Sequence[Any], wanted: Sequence[bool]) -> tuple[Any, ...]:
@@ -128,8 +132,3 @@ def add_wanted(sums: tuple[Any, ...], terms: Sequence[Callable[[], jax.Array]]) 
 
 def add_bias(z: jax.Array, bias: Any) -> jax.Array:
     return z if bias is None else z + bias.astype(z.dtype)
-
-
-def before(start: jax.Array, states: jax.Array) -> jax.Array:
-    """The state before each step, from that before the first one and those after each."""
-    return jnp.concatenate([start[None].astype(states.dtype), states[:-1]])

@@ -18,53 +18,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from layers.core.function import Function
-from layers.core.numerics import wide
-from layers.recurrent.loops import scan
-
-
-def _run(a: jax.Array, b: jax.Array, start: jax.Array) -> jax.Array:
-    """Every state; `a` and `b` have time first."""
-
-    def step(h: jax.Array, ab: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        h = ab[0].astype(h.dtype) * h + ab[1].astype(h.dtype)
-        return h, h.astype(b.dtype)
-
-    return scan(step, start.astype(wide(start.dtype)), (a, b))[1]
-
-
-def _run_back(a: jax.Array, dh: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Every l, and a_1 l_1. The product a_t l_t is carried, so that `a` need not be shifted by a step."""
-
-    def step(al: jax.Array, adh: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        total = adh[1].astype(al.dtype) + al
-        return adh[0].astype(al.dtype) * total, total.astype(dh.dtype)
-
-    last, db = scan(step, jnp.zeros_like(dh[0], dtype=wide(dh.dtype)), (a, dh), reverse=True)
-    return db, last.astype(dh.dtype)
-
-
-def _before(h: jax.Array, initial: jax.Array) -> jax.Array:
-    """The state that each step starts from."""
-    return jnp.concatenate([initial[None], h[:-1]])
+from layers.recurrent.recurrence import before, run, run_back
 
 
 class LinearRecurrenceFunction(Function):
     @staticmethod
     def forward(ctx, a, b, initial):
-        h = _run(a, b, initial)
+        h = run(a, b, initial)
         ctx.save_for_backward(a, h, initial)
         return h
 
     @staticmethod
     def backward(ctx, dh):
         a, h, initial = ctx.saved_tensors
-        db, dinitial = _run_back(a, dh)
-        return db * _before(h, initial), db, dinitial
+        db, dinitial = run_back(a, dh)
+        return db * before(initial, h), db, dinitial.astype(initial.dtype)
 
     @staticmethod
     def jvp(ctx, da, db, dinitial):
         a, h, initial = ctx.saved_tensors
-        return LinearRecurrenceFunction.apply(a, da * _before(h, initial) + db, dinitial)
+        return LinearRecurrenceFunction.apply(a, da * before(initial, h) + db, dinitial)
 
     @staticmethod
     def example(key, dtype):

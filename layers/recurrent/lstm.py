@@ -32,8 +32,10 @@ from jaxtyping import Array, Float, Int
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
-from layers.recurrent.gates import Plan, add_wanted, before, gate_products, hold, product, summed_product, visible, zero_sums
+from layers.core.zeros import lie_like
+from layers.recurrent.gates import Plan, add_wanted, gate_products, hold, product, summed_product, visible, zero_sums
 from layers.recurrent.loops import fold_chunks, scan
+from layers.recurrent.recurrence import before
 from layers.recurrent.sequences import prepare
 from layers.recurrent.whole_sequences import KnownCell, WholeSequences
 
@@ -76,7 +78,7 @@ def _run(x, input_kernel, recurrent_kernel, bias, c, h, lengths, *, plan: Plan):
         after, (states, activated) = scan(step, before, (a, keep), beside=recurrent_kernel)
         return (after, plan.put(outputs, states, start)), (before, activated)
 
-    carry = (c.astype(wide(c.dtype)), h), jnp.zeros((*x.shape[:2], h.shape[-1]), h.dtype)
+    carry = (c.astype(wide(c.dtype)), h), lie_like(jnp.zeros((*x.shape[:2], h.shape[-1]), h.dtype), x)
     beside = x, input_kernel, recurrent_kernel, bias, lengths
     ((last, h), outputs), kept = fold_chunks(chunk, carry, plan.time(x), plan.steps, beside=beside)
     return outputs, last.astype(c.dtype), h, kept

@@ -28,12 +28,14 @@ from jaxtyping import Array, Float
 
 from layers.core.checks import check_floating
 from layers.core.function import Function
+from layers.core.machine import choose, on_accelerator
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.recurrent.loops import cut, fold_chunks, put, scan
+from layers.recurrent.recurrence import before, run, run_back
 
-CHUNK = 32
-"""Steps between two states that are kept: the states of a chunk stay in a core's cache."""
+CHUNK, FAR_CHUNK = 32, 256
+"""Steps between two states that are kept: on a CPU the states of a chunk stay in a core's cache, on an accelerator they are computed together."""
 
 
 class Inputs(NamedTuple):
@@ -143,7 +145,11 @@ def _forward(x: Inputs, softplus: bool, size: int) -> tuple[jax.Array, jax.Array
             h = jnp.exp(rate[:, None] * a) * h + drive[:, None] * b[:, :, None]
             return h, (h * c[:, :, None]).sum(1)
 
-        last, y = scan(one, state, (chunk.rate, chunk.drive, chunk.b, chunk.c), beside=a)
+        if on_accelerator():
+            h = _states(a, chunk, state)[2]
+            last, y = h[-1], _read(h, chunk.c)
+        else:  # the states of a chunk need not be there at once
+            last, y = scan(one, state, (chunk.rate, chunk.drive, chunk.b, chunk.c), beside=a)
         y = y + d * chunk.u
         return (last, put(out, y if chunk.z is None else y * jax.nn.silu(chunk.z), start)), state
 
@@ -156,6 +162,10 @@ def _forward(x: Inputs, softplus: bool, size: int) -> tuple[jax.Array, jax.Array
 
 def _states(a: jax.Array, chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """exp(d_t A), exp(d_t A) h_{t-1} and h_t for the steps of a chunk."""
+    if on_accelerator():
+        fade = jnp.exp(chunk.rate[:, :, None] * a)
+        h = run(fade, chunk.drive[:, :, None] * chunk.b[..., None], state)
+        return fade, fade * before(state, h), h
 
     def one(h, t):
         rate, drive, b = t
@@ -169,6 +179,9 @@ def _states(a: jax.Array, chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, j
 
 def _gradients_of_states(fade: jax.Array, chunk: _Chunk, dy: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
     """exp(d A) l at the first step of a chunk, and l_t, the gradient of h_t, for each; `after` is the former of the chunk after it."""
+    if on_accelerator():
+        dh, first = run_back(fade, chunk.c[..., None] * dy[:, :, None], after)
+        return first, dh
 
     def one(after, t):
         fade, c, dy = t
@@ -238,7 +251,7 @@ def selective_scan(
     """
     given = Inputs(*(None if x is None else jnp.asarray(x) for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)))
     _check(given)
-    out, last = SelectiveScanFunction.apply(*given, bool(delta_softplus), CHUNK)
+    out, last = SelectiveScanFunction.apply(*given, bool(delta_softplus), choose(CHUNK, FAR_CHUNK))
     return (out, last) if return_last_state else out
 
 

@@ -14,9 +14,10 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from layers.core.machine import on_accelerator
 from layers.tools.measure import Measured, machine_limits, measure
 
-RESULTS = Path(__file__).with_name("bench_results.json")
+RESULTS, GPU_RESULTS = (Path(__file__).with_name(f"bench_results{device}.json") for device in ("", "_gpu"))
 
 
 def names() -> list[str]:
@@ -60,7 +61,7 @@ def _machine(limits: tuple[float, float]) -> dict[str, Any]:
     return {
         "processor": platform.machine(),
         "cores": os.cpu_count(),
-        "device": jax.devices()[0].platform,
+        "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "matmul_flops": limits[0],
         "copy_bytes": limits[1],
@@ -68,7 +69,12 @@ def _machine(limits: tuple[float, float]) -> dict[str, Any]:
 
 
 def _layer_row(case: Any, rounds: int, limits: tuple[float, float]) -> dict[str, Any]:
-    measured = measure(case.programs(), case.arguments(), rounds=min(case.rounds or rounds, rounds), runners=case.runners() if rounds else None)
+    measured = measure(
+        case.programs(),
+        case.arguments(),
+        rounds=min(case.rounds or rounds, rounds),
+        runners=case.runners() if rounds and not on_accelerator() else None,
+    )
     row = _row(case.name, case.work, measured)
     ours = measured["ours"]
     if ours.seconds and limits[0]:
@@ -124,7 +130,7 @@ def markdown(results: dict[str, Any]) -> str:
         if row in steps:
             continue
         ways = row["ways"]
-        cells = [ratio(ways[w][k]) for w in RIVALS for k in ("time_ratio", "temp_ratio")]
+        cells = [cell for w in RIVALS for cell in (ratio(ways[w]["time_ratio"]), _temp_ratio(ways[w], ways["idiomatic"]))]
         cells.insert(2, ratio(row.get("share_of_limit")))
         lines.append(f"| {row['work']} | " + " | ".join(cells) + f" | {_others(ways)} |")
     for row in steps:
@@ -136,8 +142,13 @@ def markdown(results: dict[str, Any]) -> str:
 def _others(ways: dict[str, Any]) -> str:
     others = [(w, m) for w, m in ways.items() if w not in (*RIVALS, "idiomatic")]
     return "; ".join(
-        f"{w} {ratio(m['time_ratio'])} time" + (f", {ratio(m['temp_ratio'])} memory" if m["temp_bytes"] is not None else "") for w, m in others
+        f"{w} {ratio(m['time_ratio'])} time" + (f", {memory} memory" if (memory := _temp_ratio(m, ways["idiomatic"])) else "") for w, m in others
     )
+
+
+def _temp_ratio(m: dict[str, Any], idiomatic: dict[str, Any]) -> str:
+    """Of the temporary memory of two programs; nothing where both take next to none."""
+    return "" if m["temp_bytes"] is None or max(m["temp_bytes"], idiomatic["temp_bytes"]) < 2**20 else ratio(m["temp_ratio"])
 
 
 def plot(results: dict[str, Any], path: str) -> None:

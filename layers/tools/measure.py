@@ -15,6 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+SHORTEST, MOST_REPEATS = 0.02, 100
+"""Seconds that are timed at least, and how often a program is run for them at most."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -54,11 +57,11 @@ def measure(
     Args:
         programs: by name.
         args: the arguments of all of them.
-        rounds: how often each is run, after one run that does not count.
-        runners: further things to time, not compiled here: functions that return when they are done.
+        rounds: how often each is timed.
+        runners: further things to time, not compiled here: functions that return when they are done, or JAX arrays.
     """
     compiled = {name: compile_program(fn, args) for name, fn in programs.items()}
-    runs = {name: lambda p=p: jax.block_until_ready(p(*args)) for name, p in compiled.items()} | dict(runners or {})
+    runs = {name: lambda p=p: p(*args) for name, p in compiled.items()} | dict(runners or {})
     times = in_turn(runs, rounds)
     known = {name: of_program(p) for name, p in compiled.items()}
     return {name: summary(times[name], known.get(name, Measured())) for name in runs}
@@ -67,16 +70,32 @@ def measure(
 def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """The seconds of `rounds` runs of each, taken in turn, after one that does not count.
 
-    Every other turn goes backwards: what a program leaves behind in caches and freed memory falls on the one after it.
+    Every other turn goes backwards: what a program leaves behind in caches and freed memory falls on the one after it. One that is over sooner
+    than it could be timed is run several times in a row.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1 if rounds else 0):
+    if not rounds:
+        return times
+    repeats = {name: _repeats(run) for name, run in runs.items()}
+    for turn in range(rounds):
         for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
-            start = time.perf_counter()
-            run()
-            if turn:
-                times[name].append(time.perf_counter() - start)
+            times[name].append(_seconds(run, repeats[name]))
     return times
+
+
+def _seconds(run: Callable[[], Any], repeats: int = 1) -> float:
+    """Of one of so many runs in a row."""
+    start, out = time.perf_counter(), None
+    for _ in range(repeats):
+        out = run()
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / repeats
+
+
+def _repeats(run: Callable[[], Any]) -> int:
+    """How many runs take `SHORTEST` seconds, after one that does not count."""
+    _seconds(run)
+    return max(1, min(MOST_REPEATS, round(SHORTEST / _seconds(run))))
 
 
 def summary(seconds: list[float], known: Measured) -> Measured:

@@ -11,7 +11,7 @@ from typing import Any
 from flax import nnx
 
 import layers
-from layers.tools.bench import RESULTS, markdown
+from layers.tools.bench import GPU_RESULTS, RESULTS, markdown
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -40,16 +40,17 @@ def layer_table() -> str:
     return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in layer_rows()])
 
 
-def bench_table() -> str:
-    results = json.loads(RESULTS.read_text())
+def bench_table(path: Path = RESULTS) -> str:
+    results = json.loads(path.read_text())
     machine = results["machine"]
-    note = f"{machine['cores']} cores, {machine['device']}, JAX {machine['jax']}; ratios to the idiomatic code, smaller is better."
+    device = f"{machine['cores']} cores" if machine["device"] == "cpu" else machine["device"]
+    note = f"{device}, JAX {machine['jax']}; ratios to the idiomatic code, smaller is better."
     return f"{note}\n\n{markdown(results)}"
 
 
 def fill(text: str) -> str:
     """The README with its generated parts anew."""
-    for mark, make in (("layers", layer_table), ("bench", bench_table)):
+    for mark, make in (("layers", layer_table), ("bench", bench_table), ("gpu", lambda: bench_table(GPU_RESULTS))):
         pattern = re.compile(rf"(<!-- {mark}: generated -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
     return text

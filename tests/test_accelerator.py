@@ -1,0 +1,130 @@
+"""What an accelerator is given: the same values and gradients as a CPU, by larger blocks and by other ways through time.
+
+The default backend is a CPU that calls itself something else, so that the programs for accelerators run here.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import layers
+from layers.core import machine
+
+
+def normal(*shapes, dtype=None):
+    dtype = dtype or jnp.result_type(float)
+    keys = jax.random.split(jax.random.key(3), len(shapes))
+    return [jax.random.normal(k, s, dtype) / (s[0] ** 0.5 if i else 1) for i, (k, s) in enumerate(zip(keys, shapes, strict=True))]
+
+
+def labels(rows, classes):
+    return jax.random.randint(jax.random.key(4), (rows,), 0, classes)
+
+
+def scan_arguments():
+    u, delta, a, b, c = normal((1, 700, 3), (1, 700, 3), (3, 2), (1, 700, 2), (1, 700, 2))
+    return u, jax.nn.softplus(delta), -jnp.exp(a), b, c
+
+
+LAYERS = {
+    "rms_norm": (layers.rms_norm, lambda: normal((1200, 128), (128,))),
+    "layer_norm": (layers.layer_norm, lambda: normal((1200, 128), (128,), (128,))),
+    "linear_cross_entropy": (lambda x, w: layers.linear_cross_entropy(x, w, labels(5000, 40), z_loss=0.1), lambda: normal((5000, 8), (8, 40))),
+    "softmax_cross_entropy": (lambda a: layers.softmax_cross_entropy(a, labels(700, 500), label_smoothing=0.1), lambda: normal((700, 500))),
+    "linear_jsd": (layers.linear_jsd, lambda: normal((2100, 4), (4, 30), (2100, 4), (4, 30))),
+    "mlp": (layers.mlp, lambda: normal((5000, 4), (4, 600), (600, 3))),
+    "gated_mlp": (layers.gated_mlp, lambda: normal((2300, 4), (4, 600), (4, 600), (600, 3))),
+    "attention": (lambda q, k, v: layers.dot_product_attention(q, k, v, is_causal=True), lambda: normal(*[(1, 300, 2, 8)] * 3)),
+    "linear_recurrence": (layers.linear_recurrence, lambda: normal((700, 3), (700, 3), (3,))),
+    "linear_recurrence, complex": (lambda a, b: layers.linear_recurrence(a + 0.3j, b - 1j, axis=1).real, lambda: normal((2, 50), (2, 50))),
+    "selective_scan": (layers.selective_scan, scan_arguments),
+}
+
+
+def value_and_gradients(fn, args):
+    def program(*args):
+        out, pull = jax.vjp(fn, *args)
+        return out, pull(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+
+    return jax.jit(program)(*args)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_values_and_gradients_are_those_of_a_cpu(name, monkeypatch):
+    fn, arguments = LAYERS[name]
+    with jax.enable_x64(True):
+        args = arguments()
+        here = value_and_gradients(fn, args)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        there = value_and_gradients(lambda *a: fn(*a), args)
+        for x, y in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-10 * float(abs(x).max()))
+
+
+def loops(fn, args):
+    return str(jax.make_jaxpr(lambda *a: value_and_gradients(fn, a))(*args)).count("scan[")
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "softmax_cross_entropy", "linear_recurrence"])
+def test_there_is_no_loop(name, monkeypatch):
+    fn, arguments = LAYERS[name]
+    args = arguments()
+    assert loops(fn, args) > 0
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert loops(lambda *a: fn(*a), args) == 0
+
+
+def test_the_default_device_decides(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert machine.on_accelerator()
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert not machine.on_accelerator()
+    with jax.default_device("cpu"):
+        assert not machine.on_accelerator()
+
+
+def test_coefficients_whose_product_overflows_leave_a_state_of_zeros_alone(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    a, b = jnp.full((600,), 2.0), jnp.zeros(600).at[-2].set(1.0)
+
+    @jax.jit
+    def program(a, b, dh):
+        h, pull = jax.vjp(layers.linear_recurrence, a, b)
+        return h, pull(dh)[1]
+
+    h, db = program(a, b, jnp.zeros(600).at[2].set(1.0))
+    np.testing.assert_array_equal(h[-3:], [0.0, 1.0, 2.0])
+    np.testing.assert_array_equal(db[:4], [4.0, 2.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3)])
+def test_short_recurrences(shape, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    a, b, start = jnp.full(shape, 0.5), jnp.ones(shape), jnp.ones(3)
+    np.testing.assert_array_equal(layers.linear_recurrence(a, b, start), jnp.full(shape, 1.5))
+
+
+@pytest.mark.parametrize("name", ["mlp", "gated_mlp"])
+def test_errors_in_bfloat16_are_not_above_those_of_autodiff(name, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    fn = getattr(layers, name)
+    shapes = (400, 32), *[(32, 300)] * (1 if name == "mlp" else 2), (300, 16)
+    args = normal(*shapes, dtype=jnp.bfloat16)
+
+    def plain(x, *kernels):
+        *ups, down = kernels
+        a = [x @ k for k in ups]
+        return (jax.nn.gelu(a[0]) if len(a) == 1 else jax.nn.silu(a[0]) * a[1]) @ down
+
+    with jax.enable_x64(True):
+        exact = value_and_gradients(plain, [x.astype(jnp.float64) for x in args])
+    ours, theirs = (value_and_gradients(f, args) for f in (lambda *a: fn(*a), plain))
+
+    def error(got):
+        return [
+            float(jnp.linalg.norm(x.astype(jnp.float32) - e.astype(jnp.float32))) for x, e in zip(*map(jax.tree.leaves, (got, exact)), strict=True)
+        ]
+
+    for mine, their in zip(error(ours), error(theirs), strict=True):
+        assert mine <= 1.02 * their
