@@ -10,9 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "layers"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FAMILIES = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name not in ("core", "check", "tools", "__pycache__")}
-OWN = {"layers.core": {"core"}, "layers.check": {"core", "check"}}
 FACADE = {"swap", "linen"}
+FAMILIES = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name not in FACADE | {"core", "check", "tools", "__pycache__"}}
+OWN = {"layers.core": {"core"}, "layers.check": {"core", "check"}}
 
 
 def place(path):

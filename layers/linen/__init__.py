@@ -1,22 +1,21 @@
-"""The nnx modules of the library as Flax Linen modules, derived; not those that are made of other modules (`DEQ`, `ReversibleStack`, `RNN`).
+"""The nnx modules of the library as Flax Linen modules, derived.
 
-`layers.linen.Linear(3, 4)` takes what `layers.Linear(3, 4)` takes, without `rngs`.
+`layers.linen.Linear(3, 4)` takes what `layers.Linear(3, 4)` takes, without `rngs`. What is made of other modules (`DEQ`, `ReversibleStack`,
+`RNN`) is made of Linen modules: they are called by the nnx module, as pure functions of their variables and random keys.
 
 Parameters have the same names and lie in Linen's collections (`params`, `batch_stats`, ...); random streams are Linen's.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
-from flax import linen, nnx
-
 from layers.attention.multi_head_attention import MultiHeadAttention as _MultiHeadAttention
 from layers.dropout.dropout import Dropout as _Dropout
 from layers.embeddings.embed import Embed as _Embed
 from layers.linear.linear import Linear as _Linear
+from layers.linen.deq import DEQ as DEQ
+from layers.linen.derived import derive as derive
+from layers.linen.reversible_stack import ReversibleStack as ReversibleStack
+from layers.linen.rnn import RNN as RNN
 from layers.mlp.gated_mlp import GatedMLP as _GatedMLP
 from layers.mlp.mlp import MLP as _MLP
 from layers.norms.batch_norm import BatchNorm as _BatchNorm
@@ -28,17 +27,6 @@ from layers.quantization.vector_quantize import VectorQuantizer as _VectorQuanti
 from layers.recurrent.gru import GRU as _GRU
 from layers.recurrent.lstm import LSTM as _LSTM
 from layers.recurrent.mamba import Mamba as _Mamba
-
-
-def derive(module: type[nnx.Module]) -> Callable[..., linen.Module]:
-    """A maker of Linen modules that takes the arguments of the nnx `module`, but for `rngs`, and Linen's `name`."""
-
-    @functools.wraps(module)
-    def make(*args: Any, name: str | None = None, **kwargs: Any) -> linen.Module:
-        return nnx.bridge.to_linen(module, *args, name=name, **kwargs)
-
-    return make
-
 
 BatchNorm = derive(_BatchNorm)
 Dropout = derive(_Dropout)
