@@ -13,7 +13,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jax
 import pytest
 
-OPTIMIZED = ("tests.core", "tests.losses.test_cross_entropy", "tests.tools")
+OPTIMIZED = ("tests.core.test_transforms", "tests.losses.test_cross_entropy", "tests.tools")
 """Modules and packages that are compiled as users compile: they run long, or compare the last bit of float32 with that of NumPy or another program.
 
 Compilation takes most of the time of the others, and is quicker without LLVM's optimisations. What XLA plans for memory is the same with and without.

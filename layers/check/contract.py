@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.check.gradcheck import gradcheck, is_inexact
+from layers.check.gradcheck import gradcheck, has_gradient
 from layers.core.function import Function
 
 
@@ -77,14 +77,14 @@ class _Subject:
         self.fn: Callable[..., Any] = fn if self.cls is None else self.cls.apply
         self.args = args
         leaves, tree = jax.tree.flatten(args)
-        self.places = [i for i, x in enumerate(leaves) if is_inexact(x)]
+        self.places = [i for i, x in enumerate(leaves) if has_gradient(x)]
         self.moving = [jnp.asarray(leaves[i]) for i in self.places]
 
         def call(fn: Callable[..., Any], *moved: Any) -> list[Any]:
             now = list(leaves)
             for i, x in zip(self.places, moved, strict=True):
                 now[i] = x
-            return [y for y in jax.tree.leaves(fn(*tree.unflatten(now))) if is_inexact(y)]
+            return [y for y in jax.tree.leaves(fn(*tree.unflatten(now))) if has_gradient(y)]
 
         self.call = call
 

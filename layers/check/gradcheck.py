@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.check.hints import likely_mistake
+from layers.core.context import is_array
 from layers.core.function import Function
+from layers.core.trees import is_inexact
 
 Fn = Callable[..., Any]
 
@@ -38,7 +40,7 @@ class _Problem:
         self.leaves, self.tree = jax.tree.flatten(args)
         paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(args)]
         of_argument = [i for i, a in enumerate(args) for _ in jax.tree.leaves(a)]
-        self.places = [i for i, x in enumerate(self.leaves) if is_inexact(x) and (argnums is None or of_argument[i] in argnums)]
+        self.places = [i for i, x in enumerate(self.leaves) if has_gradient(x) and (argnums is None or of_argument[i] in argnums)]
         if not self.places:
             raise ValueError("gradcheck: no argument is a floating-point or complex array, so there is nothing to check")
         narrow = [paths[i] for i in self.places if jnp.finfo(self.leaves[i].dtype).bits < 64]
@@ -48,11 +50,11 @@ class _Problem:
         self.inputs = [_widened(self.leaves[i]) for i in self.places]
 
     def outputs(self, *inputs: Any) -> list[Any]:
-        now = [_widened(x) if is_inexact(x) else x for x in self.leaves]
+        now = [_widened(x) if has_gradient(x) else x for x in self.leaves]
         for i, x in zip(self.places, inputs, strict=True):
             now[i] = x
         out = jax.tree.leaves(self.fn(*self.tree.unflatten(now)))
-        return [y for y in out if isinstance(y, (jax.Array, np.ndarray)) and jnp.issubdtype(y.dtype, np.inexact)]
+        return [y for y in out if has_gradient(y)]
 
 
 def gradcheck(
@@ -229,8 +231,9 @@ def _where(mask: np.ndarray) -> str:
     return str(tuple(int(k) for k in np.argwhere(mask)[0]))
 
 
-def is_inexact(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic)) and jnp.issubdtype(x.dtype, np.inexact)
+def has_gradient(x: Any) -> bool:
+    """Whether a leaf is an array of a floating-point or complex dtype."""
+    return is_array(x) and is_inexact(x)
 
 
 def _widened(x: Any) -> jax.Array:

@@ -134,6 +134,4 @@ def _place(x: jax.Array, like: Any) -> jax.Array:
 
 def _like_result(body: Callable[..., tuple[Any, Any]], carry: Any, rows: Any) -> Any:
     """The carry marked as varying over the mesh axes that the loop will make it vary over (`shard_map`)."""
-    if not any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, rows))):
-        return carry
-    return compat.vary_like(carry, lambda c: body(c, rows)[0])
+    return compat.vary_like(carry, lambda c: body(c, rows)[0]) if compat.varies((carry, rows)) else carry

@@ -103,6 +103,11 @@ def depends_on(fn: Callable[..., Any], args: Sequence[Any], marked: Sequence[boo
     return [not isinstance(v, Literal) and v in reached for v in jaxpr.outvars]
 
 
+def varies(arrays: Any) -> bool:
+    """Whether any of a pytree of arrays varies over a manual mesh axis."""
+    return any(varying_axes(jax.typeof(x)) for x in jax.tree.leaves(arrays))
+
+
 def vary_like(carry: Any, step: Callable[[Any], Any]) -> Any:
     """`carry` marked as varying over every manual mesh axis that `step(carry)` varies over."""
     leaves, tree = jax.tree.flatten(carry)

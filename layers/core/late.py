@@ -41,7 +41,7 @@ def scan_blocks_late(body: Callable[..., tuple[Any, Any]], sums: Any, arrays: An
     outs = jax.tree.map(lambda y: jax.ShapeDtypeStruct((length, *y.shape[1:]), y.dtype), jax.eval_shape(body, sums, rows(0, block))[1])
     zero = zero_after(first)
     state = jax.tree.map(lambda s: jnp.full(s.shape, zero, s.dtype), (sums, outs))
-    if any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((state, arrays))):
+    if compat.varies((state, arrays)):
         state = compat.vary_like(state, lambda s: step(s, (0, rows(0, block)))[0])
     grouped = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), rows(0, end))
     state, _ = lax.scan(step, state, (jnp.arange(0, end, block), grouped))
