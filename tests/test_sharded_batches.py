@@ -15,8 +15,8 @@ import layers
 from tests.support import assert_trees_close
 
 EXPLICIT = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-X = jax.random.normal(jax.random.key(0), (8, 6, 8))
-Q = X.reshape(8, 6, 2, 4)
+X = jax.random.normal(jax.random.key(0), (16, 5, 8))
+Q = X.reshape(16, 5, 2, 4)
 
 
 def heads(x: jax.Array) -> jax.Array:
@@ -30,6 +30,8 @@ CASES: dict[str, tuple[Any, jax.Array]] = {
     "rotary_embedding": (layers.rotary_embedding, Q),
     "dot_product_attention": (heads, Q),
     "dot_product_attention in bfloat16": (heads, Q.astype(jnp.bfloat16)),
+    "linear_recurrence": (lambda x: layers.linear_recurrence(jnp.cos(x), x, axis=1), X),
+    "linear_recurrence over rows of a batch": (lambda x: layers.linear_recurrence(jnp.cos(x), x, axis=2), X),
     "dropout": (lambda x: layers.dropout(x, jax.random.key(1), rate=0.5), X),
 }
 

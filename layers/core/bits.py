@@ -20,7 +20,8 @@ def pack_bits(mask: jax.Array) -> jax.Array:
     sharding = explicit_sharding(mask)
     if sharding is not None and any(sharding.spec[1:]):
         return mask
-    flat = mask.reshape(count_lanes(mask) if mask.ndim else 1, -1)
+    lanes = count_lanes(mask) if mask.ndim else 1
+    flat = (_by_lanes(mask.shape, lanes, mask) if mask.ndim else mask).reshape(lanes, -1)
     rows = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % 8))).reshape(len(flat), 8, -1).astype(jnp.uint8)
     packed = rows[:, 0]
     for i in range(1, 8):
@@ -33,4 +34,10 @@ def unpack_bits(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if packed.dtype == bool:
         return packed
     rows = [(packed >> i) & 1 for i in range(8)]
-    return jnp.concatenate(rows, 1)[:, : math.prod(shape) // len(packed)].reshape(shape).astype(bool)
+    flat = jnp.concatenate(rows, 1)[:, : math.prod(shape) // len(packed)].astype(bool)
+    return (_by_lanes(shape, len(packed), flat) if shape else flat).reshape(shape)
+
+
+def _by_lanes(shape: tuple[int, ...], lanes: int, x: jax.Array) -> jax.Array:
+    """`x`, of which each lane has so many entries, as (lanes, rows, ...): along an explicit axis of a mesh XLA splits or joins one axis at a time."""
+    return x.reshape(lanes, shape[0] // lanes, *shape[1:])

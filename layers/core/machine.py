@@ -6,7 +6,7 @@ only with blocks of the wrong size.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -18,7 +18,8 @@ UNLIMITED = 1 << 62
 
 def on_accelerator() -> bool:
     """Whether JAX's default device is something else than a CPU."""
-    device = jax.config.jax_default_device
+    config: Any = jax.config
+    device = config.jax_default_device
     platform = jax.default_backend() if device is None else getattr(device, "platform", device)
     return platform != "cpu"
 

@@ -79,7 +79,7 @@ class LinearSystem:
             return v.choose(solved, v.times(scale, x), [jnp.full_like(y, jnp.nan) for y in x])
 
         given = complement or _complement(a)
-        if any(compat.varying_axes(jax.typeof(x)) for x in b):
+        if compat.varies(b):
             # JAX 0.12 lowers custom_linear_solve without the mesh axes that its operands vary over, and fails
             return solve(given, a, compat.vary_like(b, a))
         return lax.custom_linear_solve(a, b, lambda a, b: solve(given, a, b), transpose_solve=lambda a, b: solve(_complement(a), a, b))

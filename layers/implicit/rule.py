@@ -30,7 +30,7 @@ import numpy as np
 from layers.core import compat
 from layers.core.function import Function
 from layers.core.numerics import wide
-from layers.core.recompute import barrier
+from layers.core.placed_barrier import placed_barrier
 from layers.implicit import vectors as v
 from layers.implicit.failure import raise_unless
 from layers.implicit.linear import LinearSystem, default_tolerance
@@ -89,7 +89,7 @@ class Equation:
         tol = default_tolerance(dtypes) if self.tol is None else self.tol
         f, objective = self.wide(dtypes), self.objective
         x0 = widen(x0)
-        if any(compat.varying_axes(jax.typeof(a)) for a in jax.tree.leaves((x0, theta))):
+        if compat.varies((x0, theta)):
             x0 = compat.vary_like(x0, lambda x: f(x, theta))
         system = System(
             (lambda x: v.minus(f(x, theta), x)) if self.fixed else (lambda x: v.times(-1, f(x, theta))),
@@ -131,7 +131,7 @@ class ImplicitFunction(Function):
 
     @staticmethod
     def backward(ctx, dx, _):
-        (x, theta), dx = barrier(ctx.saved_tensors, dx)
+        (x, theta), dx = placed_barrier(ctx.saved_tensors, dx)
         equation, dtypes = ctx.equation, [a.dtype for a in x]
         moving, rebuild = floating(theta)
         pull = jax.vjp(lambda x, moving: equation.wide(dtypes)(x, rebuild(moving)), widen(x), moving)[1]

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.core import eval_jaxpr
-from jax.extend.core import Literal
+from jax.sharding import AxisType
 
 from layers.core import compat
 from layers.core.arguments import take_apart
@@ -58,7 +58,7 @@ def trace_map(name: str, fn: Callable[..., Any], x0: Any, args: tuple[Any, ...])
         return [jnp.asarray(y) for y in jax.tree.leaves(out)]
 
     program = jax.make_jaxpr(flat)(x, arrays)
-    settled = [_like(name, a, b) for a, b in zip(x, program.out_avals, strict=True)]
+    settled = _on_same_axes([_like(name, a, b) for a, b in zip(x, program.out_avals, strict=True)], program.out_avals)
     if any(a is not b for a, b in zip(x, settled, strict=True)):
         x, program = settled, jax.make_jaxpr(flat)(settled, arrays)
         for a, b in zip(x, program.out_avals, strict=True):
@@ -86,6 +86,9 @@ def trace_scalar(name: str, fn: Callable[..., Any], x0: Any, args: tuple[Any, ..
         return [jnp.asarray(out)]
 
     program = jax.make_jaxpr(flat)(x, arrays)
+    settled = _on_same_axes(x, program.out_avals)
+    if any(a is not b for a, b in zip(x, settled, strict=True)):
+        x, program = settled, jax.make_jaxpr(flat)(settled, arrays)
     return Traced(_runner(program, len(arrays)), x, [*arrays, *map(_array, program.consts)], structure)
 
 
@@ -105,27 +108,9 @@ def _runner(program: Any, count: int) -> Callable[[Any, Any], list[Any]]:
     jaxpr = bare.replace(constvars=(), invars=[*bare.constvars, *bare.invars])  # holds on to no constant
 
     def run(x: Any, theta: Any) -> list[Any]:
-        inputs = [*theta[count:], *x, *theta[:count]]
-        if any(compat.varying_axes(jax.typeof(a)) for a in (*x, *theta)):
-            return list(map(_array, _run_on_devices(jaxpr, inputs)))
-        return list(map(_array, eval_jaxpr(jaxpr, (), *inputs)))
+        return list(map(_array, eval_jaxpr(jaxpr, (), *theta[count:], *x, *theta[:count])))
 
     return run
-
-
-def _run_on_devices(jaxpr: Any, inputs: Any) -> list[Any]:
-    """`jax.core.eval_jaxpr` in `shard_map`, where a value may vary over the mesh already that the program marks as varying."""
-    values = dict(zip(jaxpr.invars, inputs, strict=True))
-    read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
-    for eqn in jaxpr.eqns:
-        given = [read(atom) for atom in eqn.invars]
-        if eqn.primitive.name == "pvary":
-            missing = [tuple(a for a in eqn.params["axes"] if a not in compat.varying_axes(jax.typeof(x))) for x in given]
-            outs = [lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(given, missing, strict=True)]
-        else:
-            outs = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
-        values.update(zip(eqn.outvars, outs if eqn.primitive.multiple_results or eqn.primitive.name == "pvary" else [outs], strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
 
 
 def _starting_point(name: str, x0: Any) -> tuple[list[jax.Array], Any]:
@@ -147,12 +132,18 @@ def _require_same(name: str, x: Any, out: Any) -> None:
 
 
 def _like(name: str, x: jax.Array, aval: Any) -> jax.Array:
-    """`x` in the dtype of what f returns, marked as varying over the mesh axes that this varies over."""
+    """`x` in the dtype of what f returns, and along the explicit axes of a mesh along which that lies."""
     if not jnp.issubdtype(aval.dtype, np.inexact):
         raise TypeError(f"{name}: f must return floating-point or complex arrays, but returned {aval.dtype}")
-    x = x if x.dtype == aval.dtype else x.astype(aval.dtype)
-    missing = compat.varying_axes(aval) - compat.varying_axes(jax.typeof(x))
-    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+    x, place = (x if x.dtype == aval.dtype else x.astype(aval.dtype)), aval.sharding
+    return x if AxisType.Explicit not in place.mesh.axis_types or jax.typeof(x).sharding == place else jax.sharding.reshard(x, place)
+
+
+def _on_same_axes(x: list[jax.Array], outs: Any) -> list[jax.Array]:
+    """`x` marked as varying over the mesh axes that any of it and of what f returns varies over (`shard_map`): a solver mixes all of it."""
+    axes = frozenset().union(*map(compat.varying_axes, (*map(jax.typeof, x), *outs)))
+    missing = [tuple(sorted(axes - compat.varying_axes(jax.typeof(a)))) for a in x]
+    return [lax.pcast(a, m, to="varying") if m else a for a, m in zip(x, missing, strict=True)]
 
 
 def _array(x: Any) -> Any:

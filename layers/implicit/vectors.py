@@ -12,8 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from layers.core import compat
+from layers.core.zeros import explicit_sharding, lie_like
 
 Vector = list[jax.Array]
 Map = Callable[[Vector], Vector]
@@ -58,11 +61,11 @@ def choose(condition: Any, a: Vector, b: Vector) -> Vector:
 
 def stack_of_zeros(count: int, a: Vector) -> Vector:
     """Room for `count` vectors."""
-    return [jnp.zeros((count, *x.shape), x.dtype) for x in a]
+    return [jnp.broadcast_to(lie_like(jnp.zeros_like(x), x), (count, *x.shape)) for x in a]
 
 
 def put(stack: Vector, i: Any, a: Vector) -> Vector:
-    return [s.at[i].set(x) for s, x in zip(stack, a, strict=True)]
+    return [lax.dynamic_update_index_in_dim(s, x, i, 0) for s, x in zip(stack, a, strict=True)]
 
 
 def take(stack: Vector, i: Any) -> Vector:
@@ -71,8 +74,13 @@ def take(stack: Vector, i: Any) -> Vector:
 
 def dots(stack: Vector, a: Vector) -> jax.Array:
     """The inner product of each vector of a stack with `a`."""
-    products = (jnp.real(jnp.tensordot(jnp.conj(s), x, x.ndim, precision=lax.Precision.HIGHEST)) for s, x in zip(stack, a, strict=True))
-    return sum(products, jnp.zeros((), real_dtype(a)))
+
+    def product(s: jax.Array, x: jax.Array) -> jax.Array:
+        like = explicit_sharding(x)
+        everywhere = None if like is None else NamedSharding(like.mesh, P(None))
+        return jnp.real(jnp.tensordot(jnp.conj(s), x, x.ndim, precision=lax.Precision.HIGHEST, out_sharding=everywhere))
+
+    return sum((product(s, x) for s, x in zip(stack, a, strict=True)), jnp.zeros((), real_dtype(a)))
 
 
 def combine(weights: jax.Array, stack: Vector) -> Vector:
@@ -82,6 +90,6 @@ def combine(weights: jax.Array, stack: Vector) -> Vector:
 
 def while_loop(go_on: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any) -> Any:
     """`jax.lax.while_loop`, whose carry starts out varying over the mesh axes that the body makes it vary over (`shard_map`)."""
-    if any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves(carry)):
+    if compat.varies(carry):
         carry = compat.vary_like(carry, body)
     return lax.while_loop(go_on, body, carry)

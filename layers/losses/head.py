@@ -52,10 +52,14 @@ class Head(NamedTuple):
 def rows_in_block(rows: int, vocab: int, asked: int | None) -> int:
     """How many of `rows` are in a block; `vocab` counts the logits of a row that are there at once."""
     fit = choose(LOGITS_BYTES, FAR_LOGITS_BYTES) // (4 * max(vocab, 1))
-    if on_accelerator() and not is_symbolic_dim(rows):
-        return block_size(rows, max(MOST_ROWS, min(fit, rows // FAR_BLOCKS)), asked)
+    if on_accelerator():
+        return block_size(rows, _far_target(rows, fit), asked)
     target = FAST_ROWS if FAST_ROWS // 2 <= fit <= FAST_ROWS else max(LEAST_ROWS, min(MOST_ROWS, fit))
     return block_size(rows, target, asked)
+
+
+def _far_target(rows: Any, fit: int) -> int:
+    return fit if is_symbolic_dim(rows) else max(MOST_ROWS, min(fit, rows // FAR_BLOCKS))
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ Reference: Esser et al., "Learned Step Size Quantization", 2020, equations 1 to 
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -55,7 +53,7 @@ class FakeQuantizeFunction(Function):
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None
         q = jnp.round(jnp.clip(u, low, high))
-        g = 1 / math.sqrt(max(x.size // max(step.size, 1), 1) * high)
+        g = 1 / jnp.sqrt(jnp.asarray(x.size // step.size, u.dtype) * high)
         return dx, g * dy.astype(u.dtype) * (q - jnp.where(inside, u, 0)), None, None
 
     @staticmethod
@@ -65,7 +63,7 @@ class FakeQuantizeFunction(Function):
         u = hold(x / step)
         inside = (u > low) & (u < high)
         slope = hold(jnp.round(jnp.clip(u, low, high)) - jnp.where(inside, u, 0))
-        return jnp.where(inside, x, 0) + slope * step / math.sqrt(x.size // step.size * high)
+        return jnp.where(inside, x, 0) + slope * step / (x.size // step.size * high) ** 0.5
 
     @staticmethod
     def example(key, dtype):

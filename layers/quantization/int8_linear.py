@@ -26,12 +26,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.export import is_symbolic_dim
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from layers.core.checks import check_floating
 from layers.core.function import Function, once_differentiable
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.rows import as_rows
+from layers.core.zeros import explicit_sharding
 
 ROUNDINGS = ("nearest", "stochastic", "none")
 
@@ -58,7 +62,8 @@ class Int8LinearFunction(Function):
         if ctx.needs_input_grad[0]:
             dx = _gradient_product(g * sw, qw.T, ctx.rounding, _fold(ctx.key, 0))
         if ctx.needs_input_grad[1]:
-            dkernel = _gradient_product((g * sx).T, qx, ctx.rounding, _fold(ctx.key, 1)).T
+            like = explicit_sharding(qw)
+            dkernel = _gradient_product((g * sx).T, qx, ctx.rounding, _fold(ctx.key, 1), None if like is None else _swapped(like)).T
         dbias = g.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dkernel, dbias, None, None
 
@@ -91,22 +96,29 @@ def _quantized(a: jax.Array, axis: int, key: jax.Array | None = None) -> tuple[j
     return jnp.clip(u, -127, 127).astype(jnp.int8), scale
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b for int8 matrices, exact: int32, or their sum in float32 where one int32 could overflow."""
-    multiply = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.int32)
+def _product(a: jax.Array, b: jax.Array, place: Any = None) -> jax.Array:
+    """a b for int8 matrices, exact: int32, or a sum in float32 where one int32 could overflow; `place` is the sharding of the result, if known."""
+    multiply = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.int32, out_sharding=place)
     terms = a.shape[1]
+    if is_symbolic_dim(terms):
+        return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     if terms <= MOST_TERMS:
         return multiply(a, b)
     parts = range(0, terms, MOST_TERMS)
     return sum(multiply(a[:, i : i + MOST_TERMS], b[i : i + MOST_TERMS]).astype(jnp.float32) for i in parts)  # type: ignore[return-value]
 
 
-def _gradient_product(g: jax.Array, q: jax.Array, rounding: str, key: jax.Array | None) -> jax.Array:
+def _gradient_product(g: jax.Array, q: jax.Array, rounding: str, key: jax.Array | None, place: Any = None) -> jax.Array:
     """g q, with the rows of g quantised."""
     if rounding == "none":
-        return g @ q.astype(g.dtype)
+        return jnp.matmul(g, q.astype(g.dtype), out_sharding=place)
     qg, sg = _quantized(g, 1, key)
-    return _product(qg, q).astype(g.dtype) * sg
+    return _product(qg, q, place).astype(g.dtype) * sg
+
+
+def _swapped(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of the transpose of a matrix."""
+    return NamedSharding(sharding.mesh, P(*reversed(sharding.spec)))
 
 
 def _fold(key: jax.Array | None, n: int) -> jax.Array | None:

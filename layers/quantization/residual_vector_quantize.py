@@ -25,7 +25,7 @@ from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
-from layers.quantization.codebook import check_vectors, code_sums, mean_square, nearest, pull_back
+from layers.quantization.codebook import check_vectors, code_sums, codes_at, entries, mean_square, nearest, pull_back
 from layers.quantization.vector_quantize import QuantizationLosses
 
 
@@ -37,7 +37,7 @@ class ResidualVectorQuantizeFunction(Function):
         rest, indices, losses = x.astype(wide(x.dtype)), [], []
         for codebook in codebooks:
             indices.append(nearest(rest, codebook))
-            rest = rest - codebook[indices[-1]].astype(rest.dtype)
+            rest = rest - codes_at(codebook, indices[-1]).astype(rest.dtype)
             losses.append(mean_square(rest))
         chosen = jnp.stack(indices, -1)
         ctx.save_for_backward(x, codebooks, chosen)
@@ -46,15 +46,15 @@ class ResidualVectorQuantizeFunction(Function):
     @staticmethod
     def backward(ctx, dy, _, dcodebook_losses, dcommitments):
         (x, codebooks, indices), (dy, dcodebook_losses, dcommitments) = barrier(ctx.saved_tensors, (dy, dcodebook_losses, dcommitments))
-        dtype, scale = wide(x.dtype), 2 / max(x.size, 1)
+        dtype, scale = wide(x.dtype), 2 / entries(x)
         dx = jnp.zeros(x.shape, dtype)
         if dy is not None and ctx.needs_input_grad[0]:
             dx = pull_back(ctx.gradient, x, _total(codebooks, indices, dtype), dy).astype(dtype)
         hold, dcodebooks, before = lax.stop_gradient, [], x.astype(dtype)
         for j, codebook in enumerate(codebooks):
-            q = codebook[indices[:, j]].astype(dtype)
+            q = codes_at(codebook, indices[:, j]).astype(dtype)
             if dcodebook_losses is not None:
-                dcodebooks.append(code_sums(scale * dcodebook_losses[j] * (q - hold(before)), indices[:, j], len(codebook)))
+                dcodebooks.append(code_sums(scale * dcodebook_losses[j] * (q - hold(before)), indices[:, j], codebook.shape[0]))
             before = before - hold(q)
             if dcommitments is not None:
                 dx = dx + scale * dcommitments[j] * before
@@ -78,7 +78,7 @@ class ResidualVectorQuantizeFunction(Function):
 
 def _total(codebooks: Sequence[jax.Array], indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The sum of the chosen codes."""
-    return sum((c[indices[:, j]].astype(dtype) for j, c in enumerate(codebooks)), jnp.zeros((), dtype))
+    return sum((codes_at(c, indices[:, j]).astype(dtype) for j, c in enumerate(codebooks)), jnp.zeros((), dtype))
 
 
 def residual_vector_quantize(

@@ -27,7 +27,7 @@ from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
-from layers.quantization.codebook import check_vectors, code_sums, mean_square, nearest, pull_back
+from layers.quantization.codebook import check_vectors, code_sums, codes_at, entries, mean_square, nearest, pull_back
 
 _INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 """That of `nnx.Embed`."""
@@ -52,23 +52,23 @@ class VectorQuantizeFunction(Function):
         indices = nearest(x, codebook)
         ctx.save_for_backward(x, codebook, indices)
         ctx.gradient = gradient
-        q = codebook[indices]
+        q = codes_at(codebook, indices)
         loss = mean_square(_difference(x, q))
         return q.astype(x.dtype), indices, loss, loss
 
     @staticmethod
     def backward(ctx, dy, _, dcodebook_loss, dcommitment):
         (x, codebook, indices), (dy, dcodebook_loss, dcommitment) = barrier(ctx.saved_tensors, (dy, dcodebook_loss, dcommitment))
-        q = codebook[indices]
+        q = codes_at(codebook, indices)
         distance = lax.stop_gradient(q)
         dx = dcodebook = None
         if ctx.needs_input_grad[0]:
             dx = jnp.zeros_like(x) if dy is None else pull_back(ctx.gradient, x, q, dy)
             if dcommitment is not None:
-                dx = dx + 2 / max(x.size, 1) * dcommitment * _difference(x, distance)
+                dx = dx + 2 / entries(x) * dcommitment * _difference(x, distance)
         if ctx.needs_input_grad[1] and dcodebook_loss is not None:
-            dq = 2 / max(x.size, 1) * dcodebook_loss * _difference(q, lax.stop_gradient(x))
-            dcodebook = code_sums(dq, indices, len(codebook))
+            dq = 2 / entries(x) * dcodebook_loss * _difference(q, lax.stop_gradient(x))
+            dcodebook = code_sums(dq, indices, codebook.shape[0])
         return dx, dcodebook, None
 
     @staticmethod

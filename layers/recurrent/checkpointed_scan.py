@@ -21,8 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
+from jax.sharding import AxisType
 from jaxtyping import PyTree
 
+from layers.core import compat
 from layers.core.blocks import block_size
 from layers.recurrent.kept_carries import Step, keep_each
 
@@ -44,7 +47,7 @@ def checkpointed_scan(
         f: `(carry, x) -> (carry, y)`. It may close over arrays, also over those of modules; they get their gradient.
         init: the first carry, any pytree; integers and keys pass through.
         xs: a pytree of arrays with the steps along axis 0, or None.
-        length: the number of steps, where `xs` is None.
+        length: the number of steps, where `xs` is None. Where it is symbolic (`jax.export`) this is `jax.lax.scan`.
         reverse: from the last step to the first.
         unroll: steps in one iteration of the innermost loop, as in `jax.lax.scan`.
         _split_transpose: taken because `jax.lax.scan` takes it, and used only where there is nothing to cut: backward is one loop over segments.
@@ -56,14 +59,19 @@ def checkpointed_scan(
         `(carry, ys)`, those of `jax.lax.scan`, of the same dtypes; a Python number in `init` is weakly typed, as there.
 
     Raises:
-        ValueError: where `budget` is too small for any way to cut n steps.
+        ValueError: where `budget` is too small for any way to cut n steps, or `length` is negative.
         TypeError, ValueError: as `jax.lax.scan`.
 
     Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
     """
+    shape = next(map(jnp.shape, jax.tree.leaves(xs)), (length,))
+    steps = shape[0] if shape else None
+    if steps is None or is_symbolic_dim(steps):  # `jax.lax.scan` says what is missing
+        return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
+    if steps < 0:
+        raise ValueError(f"checkpointed_scan: length is {steps}, but must not be negative")
     carry, ys = jax.eval_shape(partial(lax.scan, f, length=length, reverse=reverse), init, xs)
-    steps = length if length is not None else jax.tree.leaves(xs)[0].shape[0]
-    sizes = segment_sizes("checkpointed_scan", steps, budget)
+    sizes = segment_sizes("checkpointed_scan", steps := int(steps), budget)
     if not steps or not jax.tree.leaves((carry, ys)):
         return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
     return _Cut(f, reverse, unroll)(_as_types(init, carry), jax.tree.map(jnp.asarray, xs), steps, sizes)
@@ -101,6 +109,8 @@ def checkpointed_while(
     def step(state: Any, _: None) -> tuple[Any, None]:
         return lax.cond(cond_fun(state), body_fun, lambda s: s, state), None
 
+    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+        state = compat.vary_like(state, lambda s: step(s, None)[0])
     return _Cut(step, guard=cond_fun)(state, None, max_steps, sizes)[0]
 
 

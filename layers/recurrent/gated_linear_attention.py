@@ -36,6 +36,7 @@ from layers.core.checks import check_floating
 from layers.core.function import Function
 from layers.core.numerics import scaled, wide
 from layers.core.recompute import barrier
+from layers.core.zeros import lie_like
 from layers.recurrent.loops import cut, fold_chunks, put
 
 Rows = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -59,7 +60,7 @@ class GatedLinearAttentionFunction(Function):
             dstate, *grads = pull((dstate, _heads_first(cut(dout, start, size, state.dtype))))
             return (dstate, [put(into, _time_first(x), start) for into, x in zip(buffers, grads, strict=True)]), None
 
-        carry = (dlast, [jnp.zeros_like(x) for x in rows])
+        carry = (dlast, [lie_like(jnp.zeros_like(x), x) for x in rows])
         (dinitial, grads), _ = fold_chunks(step, carry, dout.shape[1], ctx.chunk, starts, reverse=True, beside=(rows, dout))
         return *grads, None if initial is None else dinitial, None, None
 
@@ -100,31 +101,47 @@ def _forward(rows: Rows, initial: Any, scale: float, chunk: int) -> tuple[jax.Ar
         return (after, put(out, _time_first(y), start)), state
 
     batch, length, heads, features = q.shape
-    state = jnp.zeros((batch, heads, features, v.shape[3]), dtype) if initial is None else initial.astype(dtype)
-    carry = (state, jnp.zeros(v.shape, q.dtype))
+    state = lie_like(jnp.zeros((batch, heads, features, v.shape[3]), dtype), q[:, 0]) if initial is None else initial.astype(dtype)
+    carry = (state, lie_like(jnp.zeros_like(v, q.dtype), v))
     (state, out), starts = fold_chunks(step, carry, length, chunk, beside=(rows, state))
     return out, state, starts
 
 
 def _chunk(state: jax.Array, rows: Any, scale: float) -> tuple[jax.Array, jax.Array]:
-    """The state after a chunk of (batch, heads, time, features), and its output."""
+    """The state after a chunk of (batch, heads, time, features), and its output.
+
+    What fades most is the least, and is added first: to the output the share of the state, then those of blocks from the largest on. In the
+    gradient of the state the last step comes first, which is what the flips are for.
+    """
     size = rows[0].shape[2]
     padded = 1 << (size - 1).bit_length()
     q, k, v, g = (jnp.pad(x, ((0, 0), (0, 0), (0, padded - size), (0, 0))) for x in rows)
-    out = (q * k).sum(-1, keepdims=True) * v
-    up, down, half = g, jnp.zeros_like(g), 1
+    shares, up, down, half = [], g, jnp.zeros_like(g), 1
     while half < padded:
-        halves = lambda x, m=half: jnp.moveaxis(x.reshape(*x.shape[:2], -1, 2, m, x.shape[-1]), 3, 0)
-        (_, q2), (k1, _), (v1, _), (up1, up2), (down1, down2), (out1, out2) = map(halves, (q, k, v, up, down, out))
+        (_, q2), (k1, _), (v1, _), (up1, up2), (down1, down2) = (_halves(x, half) for x in (q, k, v, up, down))
         weights = jnp.einsum("bhnik,bhnjk->bhnij", q2 * jnp.exp(up2), k1 * jnp.exp(down1))
-        whole = lambda first, second, like: jnp.stack([first, second], 3).reshape(like.shape)
-        out = whole(out1, out2 + jnp.einsum("bhnij,bhnjv->bhniv", weights, v1), out)
-        up, down = whole(up1, up2 + up1[..., -1:, :], up), whole(down1 + up2[..., -1:, :], down2, down)
+        shares.append(jnp.einsum("bhnij,bhnjv->bhniv", weights, v1))
+        up, down = _whole(up1, up2 + up1[..., -1:, :]), _whole(down1 + up2[..., -1:, :], down2)
         half *= 2
-    out = out + jnp.einsum("bhtk,bhkv->bhtv", q * jnp.exp(up), state)
+    out = jnp.flip(jnp.einsum("bhtk,bhkv->bhtv", jnp.flip(q * jnp.exp(up), 2), state), 2)
+    while shares:
+        share = shares.pop()
+        out1, out2 = _halves(out, share.shape[3])
+        out = _whole(out1, out2 + share)
+    out = out + (q * k).sum(-1, keepdims=True) * v
     fade = jnp.exp(up[..., -1, :])[..., None]
     state = fade * state + jnp.einsum("bhtk,bhtv->bhkv", k * jnp.exp(down), v)
     return state, scale * out[:, :, :size]
+
+
+def _halves(x: jax.Array, half: int) -> jax.Array:
+    """(batch, heads, time, ...) as the first and the second halves of its blocks of 2 `half` steps, (2, batch, heads, blocks, half, ...)."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, 2, half, x.shape[-1]), 3, 0)
+
+
+def _whole(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The inverse of `_halves`."""
+    return jnp.stack([first, second], 3).reshape(*first.shape[:2], -1, first.shape[-1])
 
 
 def gated_linear_attention(

@@ -110,7 +110,7 @@ def _run_back(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, 
         return (dh, sums, into), None
 
     sums = zero_sums((input_kernel, recurrent_kernel, bias, recurrent_bias), needs[1:5])
-    carry = dh.astype(dtype), sums, jnp.zeros_like(x) if needs[0] else None
+    carry = dh.astype(dtype), sums, lie_like(jnp.zeros_like(x), x) if needs[0] else None
     beside = x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, y, dy
     (dh, sums, dx), _ = fold_chunks(chunk, carry, plan.time(x), plan.steps, kept, reverse=True, beside=beside)
     return dx, *sums, dh

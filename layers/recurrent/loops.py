@@ -1,4 +1,4 @@
-"""Loops over time and over chunks of time that are right under `shard_map` as well."""
+"""Loops over time and over chunks of time that are right under `shard_map`, and for arrays along explicit axes of a mesh, as well."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.core import compat
+from layers.core.zeros import explicit_sharding
 
 Step = Callable[..., tuple[Any, Any]]
 
 
 def scan(step: Step, carry: Any, xs: Any, *, reverse: bool = False, beside: Any = ()) -> tuple[Any, Any]:
-    """`jax.lax.scan`, where the carry may come to differ between devices (`shard_map`) that share where it starts.
+    """`jax.lax.scan`, where the carry may come to differ between devices that share where it starts (`shard_map`), or to lie on several.
 
     Args:
         step: as in `jax.lax.scan`.
@@ -24,11 +25,29 @@ def scan(step: Step, carry: Any, xs: Any, *, reverse: bool = False, beside: Any 
         reverse: from the last step to the first.
         beside: the other arrays that `step` uses.
     """
-    shapes = [jax.typeof(x) for x in jax.tree.leaves(xs)]
-    if shapes[0].shape[0] and any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, xs, beside))):
+    arrays = jax.tree.leaves((xs, carry, beside))
+    if arrays[0].shape[0] and compat.varies(arrays):
         first = jax.tree.map(lambda x: x[0], xs)
         carry = compat.vary_like(carry, lambda c: step(c, first)[0])
+    if arrays[0].shape[0] and any(explicit_sharding(x) is not None for x in arrays):
+        carry = _placed(carry, lambda c, xs: step(c, jax.tree.map(lambda x: x[0], xs))[0], xs)
     return lax.scan(step, carry, xs, reverse=reverse)
+
+
+def _placed(carry: Any, step: Callable[[Any, Any], Any], xs: Any) -> Any:
+    """`carry` along every explicit axis of a mesh along which `step(carry, xs)` lies."""
+    leaves, tree = jax.tree.flatten(carry)
+    while True:
+        after = jax.make_jaxpr(lambda leaves, xs: jax.tree.leaves(step(tree.unflatten(leaves), xs)))(leaves, xs).out_avals
+        wider = [a.sharding if _axes(a) - _axes(jax.typeof(x)) else None for a, x in zip(after, leaves, strict=True)]
+        if not any(wider):
+            return tree.unflatten(leaves)
+        leaves = [x if place is None else jax.sharding.reshard(x, place) for x, place in zip(leaves, wider, strict=True)]
+
+
+def _axes(aval: Any) -> set[str]:
+    """The mesh axes that an array lies along."""
+    return {name for entry in aval.sharding.spec if entry is not None for name in (entry if isinstance(entry, tuple) else (entry,))}
 
 
 def fold_chunks(step: Step, carry: Any, length: int, chunk: int, kept: Any = None, *, reverse: bool = False, beside: Any = ()) -> tuple[Any, Any]:
@@ -56,7 +75,7 @@ def fold_chunks(step: Step, carry: Any, length: int, chunk: int, kept: Any = Non
     if rest and reverse:
         carry, keep_rest = step(carry, full * chunk, rest, kept_rest)
     if full:
-        starts = jnp.arange(0, full * chunk, chunk)
+        starts = chunk * jnp.arange(full)
         carry, keep_full = scan(body, carry, (starts, kept_full), reverse=reverse, beside=beside)
     if rest and not reverse:
         carry, keep_rest = step(carry, full * chunk, rest, kept_rest)

@@ -113,7 +113,7 @@ def _run_back(x, input_kernel, recurrent_kernel, bias, lengths, y, kept, dy, dc,
         return (state, add_wanted(sums, terms), into), None
 
     sums = zero_sums((input_kernel, recurrent_kernel, bias), needs[1:4])
-    carry = (dc.astype(dtype), dh.astype(dtype)), sums, jnp.zeros_like(x) if needs[0] else None
+    carry = (dc.astype(dtype), dh.astype(dtype)), sums, lie_like(jnp.zeros_like(x), x) if needs[0] else None
     beside = x, input_kernel, recurrent_kernel, bias, lengths, y, dy
     (state, sums, dx), _ = fold_chunks(chunk, carry, plan.time(x), plan.steps, kept, reverse=True, beside=beside)
     return dx, *sums, *state

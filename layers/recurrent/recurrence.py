@@ -16,6 +16,7 @@ from jax import lax
 
 from layers.core.machine import on_accelerator
 from layers.core.numerics import wide
+from layers.core.zeros import lie_like
 from layers.recurrent.loops import scan
 
 Steps = tuple[jax.Array, jax.Array]
@@ -67,4 +68,4 @@ def _composed(a: jax.Array, b: jax.Array, *, reverse: bool = False) -> jax.Array
 
 def before(start: jax.Array, states: jax.Array) -> jax.Array:
     """The state before each step, from that before the first one and those after each."""
-    return jnp.concatenate([start[None].astype(states.dtype), states[:-1]])
+    return jnp.concatenate([lie_like(start[None].astype(states.dtype), states), states[:-1]])

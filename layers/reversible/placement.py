@@ -28,6 +28,6 @@ def _missing_axes(x: Any, other: Any) -> tuple[str, ...]:
 
 def varying(carry: Any, others: Any, step: Callable[[Any], Any]) -> Any:
     """The carry marked as varying over the mesh axes that the loop will make it vary over (`shard_map`)."""
-    if not any(compat.varying_axes(jax.typeof(x)) for x in jax.tree.leaves((carry, others))):
+    if not compat.varies((carry, others)):
         return carry
     return compat.vary_like(carry, step)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from layers.core.blocks import block_size
 from layers.recurrent import gates
 
 
@@ -44,7 +45,7 @@ def errors(got, exact):
 
 def short_chunks(monkeypatch, steps):
     """Chunks of so many steps, and no longer ones."""
-    monkeypatch.setattr(gates, "block_size", lambda time, target: min(time, steps))
+    monkeypatch.setattr(gates, "block_size", lambda time, target: block_size(time, target, steps))
 
 
 @pytest.fixture(autouse=True, scope="module")

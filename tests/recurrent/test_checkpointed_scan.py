@@ -153,6 +153,12 @@ def test_sizes_cover_the_steps_within_the_budget(steps, budget):
     assert budget is None or sum(sizes) <= budget
 
 
+def test_negative_length_is_an_error_and_a_whole_number_of_any_type_is_none():
+    with pytest.raises(ValueError, match="checkpointed_scan: length is -1, but must not be negative"):
+        checkpointed_scan(lambda c, _: (c, None), 0.0, None, length=-1)
+    assert checkpointed_scan(lambda c, _: (c + 1, None), 0.0, None, length=np.float64(4))[0] == 4
+
+
 def test_small_budget_is_an_error():
     with pytest.raises(ValueError, match="budget is 6, but 13 steps need at least"):
         checkpointed_scan(lambda c, x: (c, None), 0.0, jnp.ones(13), budget=6)

@@ -44,12 +44,12 @@ def test_values_and_gradients_are_those_of_the_formula():
 def test_decoding_step_by_step_gives_the_whole_sequence():
     block = Mamba(6, d_state=4, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 7, 6))
-    outs, state = [], None
-    whole, last = block(x, return_state=True)
-    out, state = block(x[:, :2], return_state=True)
+    outs, run = [], nnx.jit(lambda block, x, state: block(x, state, return_state=True))
+    whole, last = run(block, x, None)
+    out, state = run(block, x[:, :2], None)
     outs.append(out)
     for t in range(2, 7):
-        out, state = block(x[:, t : t + 1], state, return_state=True)
+        out, state = run(block, x[:, t : t + 1], state)
         outs.append(out)
     np.testing.assert_allclose(jnp.concatenate(outs, 1), whole, rtol=1e-4, atol=1e-6)
     assert_trees_close(state, last, rtol=1e-4, atol=1e-6)

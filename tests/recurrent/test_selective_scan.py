@@ -102,9 +102,10 @@ def test_parts_of_a_sequence_continue_from_the_last_state():
     x = draw(20, dtype=jnp.float32)
     x.pop("initial_state")
     of_time = ("u", "delta", "B", "C", "z")
-    whole, last = ours(**x)
-    first, state = ours(**{k: a[:, :7] if k in of_time else a for k, a in x.items()})
-    second, end = ours(**{k: a[:, 7:] if k in of_time else a for k, a in x.items()}, initial_state=state)
+    run = jax.jit(ours)
+    whole, last = run(**x)
+    first, state = run(**{k: a[:, :7] if k in of_time else a for k, a in x.items()})
+    second, end = run(**{k: a[:, 7:] if k in of_time else a for k, a in x.items()}, initial_state=state)
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(end, last, rtol=1e-5, atol=1e-6)
 
@@ -120,7 +121,7 @@ def test_empty_sequence_returns_the_initial_state():
 def test_huge_step_sizes_and_rates_have_finite_gradients():
     x = draw(5, dtype=jnp.float32)
     x |= {"A": x["A"] * 1e4, "delta": x["delta"] * 1e3}
-    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss(ours))(x)))
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(loss(ours)))(x)))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
