@@ -55,7 +55,8 @@ def linear_recurrence(
 ) -> Inexact[Array, "*shape"]:
     """Computes h_t = a_t h_{t-1} + b_t for every t along `axis`, elementwise in all other axes.
 
-    The state is held in float32 or wider, whatever the dtype of the arrays.
+    The state is held in float32 or wider, whatever the dtype of the arrays. On a CPU the steps run one after the other; on an accelerator they are
+    composed in pairs, pairs of pairs and so on, where products of coefficients must stay finite unless what they multiply is 0.
 
     Args:
         a: coefficients, real or complex.
