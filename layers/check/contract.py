@@ -177,7 +177,7 @@ def _gradient_is_right(s: _Subject) -> str:
     surrogate = getattr(s.cls, "surrogate", None)
     if surrogate is None:
         with jax.enable_x64(True):
-            gradcheck(s.outputs, tuple(_wide(x) for x in s.moving))
+            gradcheck(jax.jit(s.outputs), tuple(_wide(x) for x in s.moving))  # without jit each operation is compiled by itself
         return "as finite differences"
 
     def pulled(fn: Callable[..., Any]) -> Callable[..., Any]:
