@@ -191,8 +191,7 @@ class Grid:
             return carry
         one = tuple(x[0] for x in tiles)
         step = jax.checkpoint(lambda carry, which: body(carry, Tile(self, *which)), prevent_cse=False)
-        if compat.varies((carry, jax.eval_shape(step, carry, one))):
-            carry = compat.vary_like(carry, lambda c: step(c, one))
+        carry = compat.vary_like(carry, lambda c: step(c, one), jax.eval_shape(step, carry, one))
         return lax.scan(lambda c, which: (step(c, which), None), carry, tuple(map(jnp.asarray, tiles)))[0]
 
 

@@ -70,7 +70,8 @@ def fold_blocks(body: Callable[..., tuple[Any, Any]], carry: Any, arrays: Any, *
     if is_symbolic_dim(length):
         return body(carry, arrays)
     full = length // block
-    carry = _like_result(body, carry, jax.tree.map(lambda x: x[: min(block, length)], arrays))
+    first = jax.tree.map(lambda x: x[: min(block, length)], arrays)
+    carry = compat.vary_like(carry, lambda c: body(c, first)[0], first)
     outs = []
     if full == 1:
         carry, out = body(carry, jax.tree.map(lambda x: x[:block], arrays))
@@ -130,8 +131,3 @@ def _placement(arrays: Any) -> tuple[int, Any]:
 def _place(x: jax.Array, like: Any) -> jax.Array:
     """`x` with its rows along the mesh axes of those of `like`."""
     return x if like is None else jax.sharding.reshard(x, NamedSharding(like.mesh, P(like.spec[0], *jax.typeof(x).sharding.spec[1:])))
-
-
-def _like_result(body: Callable[..., tuple[Any, Any]], carry: Any, rows: Any) -> Any:
-    """The carry marked as varying over the mesh axes that the loop will make it vary over (`shard_map`)."""
-    return compat.vary_like(carry, lambda c: body(c, rows)[0]) if compat.varies((carry, rows)) else carry

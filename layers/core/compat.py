@@ -108,8 +108,16 @@ def varies(arrays: Any) -> bool:
     return any(varying_axes(jax.typeof(x)) for x in jax.tree.leaves(arrays))
 
 
-def vary_like(carry: Any, step: Callable[[Any], Any]) -> Any:
-    """`carry` marked as varying over every manual mesh axis that `step(carry)` varies over."""
+def vary_like(carry: Any, step: Callable[[Any], Any], *beside: Any) -> Any:
+    """`carry` marked as varying over every manual mesh axis that `step(carry)` varies over.
+
+    Args:
+        carry: a pytree of arrays, what a loop starts from.
+        step: a step of the loop; it is not traced where nothing varies.
+        *beside: what makes the result vary, beside the carry: pytrees of the other arrays that `step` uses.
+    """
+    if not varies((carry, beside)):
+        return carry
     leaves, tree = jax.tree.flatten(carry)
     while True:
         after = jax.make_jaxpr(lambda *xs: jax.tree.leaves(step(tree.unflatten(xs))))(*leaves).out_avals

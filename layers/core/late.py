@@ -41,8 +41,7 @@ def scan_blocks_late(body: Callable[..., tuple[Any, Any]], sums: Any, arrays: An
     outs = jax.tree.map(lambda y: jax.ShapeDtypeStruct((length, *y.shape[1:]), y.dtype), jax.eval_shape(body, sums, rows(0, block))[1])
     zero = zero_after(first)
     state = jax.tree.map(lambda s: jnp.full(s.shape, zero, s.dtype), (sums, outs))
-    if compat.varies((state, arrays)):
-        state = compat.vary_like(state, lambda s: step(s, (0, rows(0, block)))[0])
+    state = compat.vary_like(state, lambda s: step(s, (0, rows(0, block)))[0], arrays)
     grouped = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), rows(0, end))
     state, _ = lax.scan(step, state, (jnp.arange(0, end, block), grouped))
     return state if end == length else step(state, (end, rows(end, length)))[0]

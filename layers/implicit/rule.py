@@ -88,9 +88,7 @@ class Equation:
         dtypes = [x.dtype for x in x0]
         tol = default_tolerance(dtypes) if self.tol is None else self.tol
         f, objective = self.wide(dtypes), self.objective
-        x0 = widen(x0)
-        if compat.varies((x0, theta)):
-            x0 = compat.vary_like(x0, lambda x: f(x, theta))
+        x0 = compat.vary_like(widen(x0), lambda x: f(x, theta), theta)
         system = System(
             (lambda x: v.minus(f(x, theta), x)) if self.fixed else (lambda x: v.times(-1, f(x, theta))),
             lambda x, r: v.rms(r) / (1 + v.rms(x)),

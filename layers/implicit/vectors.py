@@ -90,6 +90,4 @@ def combine(weights: jax.Array, stack: Vector) -> Vector:
 
 def while_loop(go_on: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any) -> Any:
     """`jax.lax.while_loop`, whose carry starts out varying over the mesh axes that the body makes it vary over (`shard_map`)."""
-    if compat.varies(carry):
-        carry = compat.vary_like(carry, body)
-    return lax.while_loop(go_on, body, carry)
+    return lax.while_loop(go_on, body, compat.vary_like(carry, body))

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 from flax.core import meta
-from flax.linen.dtypes import canonicalize_dtype
-from flax.linen.recurrent import flip_sequences
 
 from layers.recurrent.gru import gru
 from layers.recurrent.lstm import lstm
+from layers.recurrent.whole_sequences import run_cell, without_time
 
 
 class RNN(linen.RNN):
@@ -50,20 +49,10 @@ class RNN(linen.RNN):
         x, cell = jnp.asarray(inputs), self.cell
         parameters = _parameters(meta.unbox(cell.variables["params"]), gates)
         if initial_carry is None:
-            shape = x.shape[1:] if time_major else (*x.shape[:-2], x.shape[-1])
-            initial_carry = cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, shape)
-        outputs, carry = run(
-            x.astype(canonicalize_dtype(x)),
-            *parameters,
-            initial_carry=initial_carry,
-            seq_lengths=seq_lengths,
-            reverse=reverse,
-            time_major=time_major,
-            dtype=canonicalize_dtype(x, *parameters, dtype=cell.dtype),
-            save=self.save,
-        )
-        if reverse and not keep_order:
-            outputs = flip_sequences(outputs, seq_lengths, num_batch_dims=x.ndim - 2, time_major=time_major)
+            key = jax.random.key(0) if init_key is None else init_key
+            initial_carry = cell.initialize_carry(key, without_time(x.shape, time_major))
+        order = {"time_major": time_major, "reverse": reverse, "keep_order": keep_order}
+        outputs, carry = run_cell(run, x, parameters, initial_carry, seq_lengths, dtype=cell.dtype, save=self.save, **order)
         return (carry, outputs) if return_carry else outputs
 
     @linen.nowrap

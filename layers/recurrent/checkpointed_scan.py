@@ -110,7 +110,7 @@ def checkpointed_while(
         return lax.cond(cond_fun(state), body_fun, lambda s: s, state), None
 
     if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
-        state = compat.vary_like(state, lambda s: step(s, None)[0])
+        state = compat.vary_like(state, lambda s: step(s, None)[0], jax.eval_shape(step, state, None))
     return _Cut(step, guard=cond_fun)(state, None, max_steps, sizes)[0]
 
 

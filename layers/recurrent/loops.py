@@ -26,9 +26,8 @@ def scan(step: Step, carry: Any, xs: Any, *, reverse: bool = False, beside: Any 
         beside: the other arrays that `step` uses.
     """
     arrays = jax.tree.leaves((xs, carry, beside))
-    if arrays[0].shape[0] and compat.varies(arrays):
-        first = jax.tree.map(lambda x: x[0], xs)
-        carry = compat.vary_like(carry, lambda c: step(c, first)[0])
+    if arrays[0].shape[0]:
+        carry = compat.vary_like(carry, lambda c: step(c, jax.tree.map(lambda x: x[0], xs))[0], xs, beside)
     if arrays[0].shape[0] and any(explicit_sharding(x) is not None for x in arrays):
         carry = _placed(carry, lambda c, xs: step(c, jax.tree.map(lambda x: x[0], xs))[0], xs)
     return lax.scan(step, carry, xs, reverse=reverse)

@@ -5,7 +5,7 @@ What is known of a cell stands in a table: its type, the names of its layers in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -72,22 +72,49 @@ class WholeSequences(nnx.RNN):
         if initial_carry is None:
             rngs = self.rngs if rngs is None else rngs
             rngs = rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs
-            initial_carry = cell.initialize_carry(_without_time(x.shape, time_major), rngs)
+            initial_carry = cell.initialize_carry(without_time(x.shape, time_major), rngs)
         known = self.cells[type(cell)]
-        parameters = known.parameters(cell)
-        outputs, carry = known.run(
-            x.astype(dtypes.canonicalize_dtype(x)),
-            *parameters,
-            initial_carry=initial_carry,
-            seq_lengths=seq_lengths,
-            reverse=reverse,
-            time_major=time_major,
-            dtype=dtypes.canonicalize_dtype(x, *parameters, dtype=cell.dtype),
-            save=self.save,
-        )
-        if reverse and not keep_order:
-            outputs = flip_sequences(outputs, seq_lengths, num_batch_dims=x.ndim - 2, time_major=time_major)
+        order = {"time_major": time_major, "reverse": reverse, "keep_order": keep_order}
+        outputs, carry = run_cell(known.run, x, known.parameters(cell), initial_carry, seq_lengths, dtype=cell.dtype, save=self.save, **order)
         return (carry, outputs) if return_carry else outputs
+
+
+def run_cell(
+    run: Callable[..., tuple[jax.Array, Any]],
+    x: jax.Array,
+    parameters: Sequence[jax.Array],
+    initial_carry: Any,
+    seq_lengths: Any,
+    *,
+    time_major: bool,
+    reverse: bool,
+    keep_order: bool,
+    dtype: Any,
+    save: str,
+) -> tuple[jax.Array, Any]:
+    """What an RNN of Flax makes of its cell and `x`, by `lstm` or `gru`: the outputs, and the last carry.
+
+    Args:
+        run: the function.
+        x: (*batch, time, features), or time first.
+        parameters: of the cell, in the order of `run`.
+        initial_carry, seq_lengths, time_major, reverse, keep_order: as Flax's RNN has them.
+        dtype: that of the cell, or None.
+        save: as in `lstm` and `gru`.
+    """
+    outputs, carry = run(
+        x.astype(dtypes.canonicalize_dtype(x)),
+        *parameters,
+        initial_carry=initial_carry,
+        seq_lengths=seq_lengths,
+        reverse=reverse,
+        time_major=time_major,
+        dtype=dtypes.canonicalize_dtype(x, *parameters, dtype=dtype),
+        save=save,
+    )
+    if reverse and not keep_order:
+        outputs = flip_sequences(outputs, seq_lengths, num_batch_dims=x.ndim - 2, time_major=time_major)
+    return outputs, carry
 
 
 def _obstacle(rnn: Any, cells: dict[type, KnownCell]) -> str:
@@ -114,5 +141,6 @@ def _joined(parts: list[jax.Array]) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
 
 
-def _without_time(shape: tuple[int, ...], time_major: bool) -> tuple[int, ...]:
+def without_time(shape: tuple[int, ...], time_major: bool) -> tuple[int, ...]:
+    """The shape of one step."""
     return shape[1:] if time_major else (*shape[:-2], shape[-1])

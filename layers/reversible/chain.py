@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from layers.core import compat
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.trees import is_inexact
-from layers.reversible.placement import once_as, varying, varying_as
+from layers.reversible.placement import once_as, varying_as
 from layers.reversible.streams import Streams
 
 Values = dict[int, Any]
@@ -78,7 +79,7 @@ class Chain:
             return (x1, x2), (saw, _changed(range(len(values)), values, given))
 
         stacked = list(arrays[: self.stacked])
-        carry = varying((x1, x2), arrays, lambda c: body(c, [a[0] for a in stacked])[0])
+        carry = compat.vary_like((x1, x2), lambda c: body(c, [a[0] for a in stacked])[0], arrays)
         (x1, x2), (seen, changed) = lax.scan(body, carry, stacked, self.length)
         return x1, x2, seen, changed
 
@@ -118,7 +119,7 @@ class Chain:
 
         (y, stacked, seen), dy = barrier((y, list(arrays[: self.stacked]), seen), dy)
         given = (stacked, seen, dstate)  # a barrier marks all that goes through it as varying over the mesh, which dstate need not be
-        carry = varying((y, dy, totals), (arrays, y, dy, dstate), lambda c: body(c, jax.tree.map(lambda a: a[0], given))[0])
+        carry = compat.vary_like((y, dy, totals), lambda c: body(c, jax.tree.map(lambda a: a[0], given))[0], arrays, dstate)
         (y, dy, totals), grads = lax.scan(body, carry, given, self.length, reverse=True)
         return y, dy, [(totals | grads).get(i) for i in range(len(arrays))]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,10 +23,3 @@ def once_as(gradient: Any, x: Any) -> Any:
 
 def _missing_axes(x: Any, other: Any) -> tuple[str, ...]:
     return tuple(sorted(compat.varying_axes(jax.typeof(other)) - compat.varying_axes(jax.typeof(x))))
-
-
-def varying(carry: Any, others: Any, step: Callable[[Any], Any]) -> Any:
-    """The carry marked as varying over the mesh axes that the loop will make it vary over (`shard_map`)."""
-    if not compat.varies((carry, others)):
-        return carry
-    return compat.vary_like(carry, step)
