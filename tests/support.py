@@ -1,5 +1,8 @@
 """Measurements and comparisons that several tests share."""
 
+import functools
+import json
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,3 +27,13 @@ def saved_bytes(fn: Callable[..., Any], *args: Any) -> int:
     kept = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(fn, *a)[1], *args))
     total = sum(x.size * x.dtype.itemsize for x in kept)
     return total - sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args))
+
+
+@functools.cache
+def _torch_references() -> dict[str, dict[str, Any]]:
+    return json.loads((pathlib.Path(__file__).parent / "data" / "torch.json").read_text())
+
+
+def torch_reference(name: str) -> dict[str, Any]:
+    """A case of `torch_references.py`: arguments, results and gradients by name, lists of numbers as NumPy arrays in float64 and int64."""
+    return {k: np.array(v) if isinstance(v, list) else v for k, v in _torch_references()[name].items()}

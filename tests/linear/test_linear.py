@@ -8,7 +8,7 @@ from flax import nnx
 
 import layers
 from layers.linear.linear import LinearFunction
-from tests.support import assert_trees_close, saved_bytes
+from tests.support import assert_trees_close, saved_bytes, torch_reference
 
 
 def draw(dtype, *shapes):
@@ -39,13 +39,12 @@ def test_torch_layout_and_tape():
 
 
 def test_agrees_with_torch():
-    torch = pytest.importorskip("torch")
-    x, w, b = (np.array(a) for a in LinearFunction.example(jax.random.key(0), jnp.float32))
-    tensors = [torch.tensor(a, requires_grad=True) for a in (x, w, b)]
-    torch.nn.functional.linear(*tensors).sin().sum().backward()
-    grads = jax.grad(lambda *a: jnp.sin(LinearFunction.apply(*a)).sum(), argnums=(0, 1, 2))(x, w, b)
-    for ours, theirs in zip(grads, tensors, strict=True):
-        np.testing.assert_allclose(ours, theirs.grad.numpy(), rtol=1e-5, atol=1e-6)
+    r = torch_reference("linear")
+    with jax.enable_x64(True):
+        y, pull = jax.vjp(LinearFunction.apply, r["x"], r["weight"], r["bias"])
+        np.testing.assert_allclose(y, r["y"], rtol=1e-10)
+        for name, ours in zip(("x", "weight", "bias"), pull(jnp.cos(y)), strict=True):
+            np.testing.assert_allclose(ours, r[f"d_{name}"], rtol=1e-10, atol=1e-12)
 
 
 def test_saves_nothing_beyond_its_arguments():

@@ -12,7 +12,7 @@ from layers.check.gradcheck import gradcheck
 from layers.recurrent.gru import GRU, gru
 from layers.recurrent.rnn import RNN
 from tests.recurrent.cells import draw, loss, module_results, quick_compilation, results, short_chunks
-from tests.support import assert_trees_close
+from tests.support import assert_trees_close, torch_reference
 
 __all__ = ["quick_compilation"]
 
@@ -83,18 +83,12 @@ def test_gradient_is_that_of_finite_differences():
 
 
 def test_torch_computes_the_same():
-    torch = pytest.importorskip("torch")
+    r = torch_reference("gru")
+    moving = ("x", "input_kernel", "recurrent_kernel", "bias", "recurrent_bias", "h")
     with jax.enable_x64(True):
-        x, w, r, b, rb, h = arguments()
-        y, last = ours(x, w, r, b, rb, h)
-        layer = torch.nn.GRU(FEATURES, HIDDEN, batch_first=True, dtype=torch.float64)
-        tensor = lambda a: torch.tensor(np.array(a))
-        with torch.no_grad():
-            for name, value in (("weight_ih_l0", w.T), ("weight_hh_l0", r.T), ("bias_ih_l0", b), ("bias_hh_l0", rb)):
-                getattr(layer, name).copy_(tensor(value))
-            expected, h_torch = layer(tensor(x), tensor(h)[None])
-    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(last, h_torch[0].numpy(), rtol=1e-10, atol=1e-12)
+        out, pull = jax.vjp(jax.jit(ours), *[r[name] for name in moving])
+        assert_trees_close(out, (r["y"], r["last_h"]), rtol=1e-10, atol=1e-12)
+        assert_trees_close(pull(jax.tree.map(jnp.cos, out)), tuple(r[f"d_{name}"] for name in moving), rtol=1e-10, atol=1e-12)
 
 
 def test_forward_mode_and_second_derivatives_are_those_of_the_loop(monkeypatch):

@@ -15,7 +15,7 @@ from layers.recurrent.lstm import LSTM, lstm
 from layers.recurrent.rnn import RNN
 from layers.recurrent.whole_sequences import WholeSequences
 from tests.recurrent.cells import draw, loss, module_results, quick_compilation, results, short_chunks
-from tests.support import assert_trees_close
+from tests.support import assert_trees_close, torch_reference
 
 __all__ = ["quick_compilation"]
 
@@ -120,18 +120,13 @@ def test_gradient_is_that_of_finite_differences():
 
 
 def test_torch_computes_the_same():
-    torch = pytest.importorskip("torch")
+    r = torch_reference("lstm")
+    moving = ("x", "input_kernel", "recurrent_kernel", "bias", "c", "h")
     with jax.enable_x64(True):
-        x, w, r, b, c, h = arguments()
-        y, (c_last, h_last) = ours(x, w, r, b, c, h)
-        layer = torch.nn.LSTM(FEATURES, HIDDEN, batch_first=True, dtype=torch.float64)
-        tensor = lambda a: torch.tensor(np.array(a))
-        with torch.no_grad():
-            for name, value in (("weight_ih_l0", w.T), ("weight_hh_l0", r.T), ("bias_ih_l0", b), ("bias_hh_l0", 0 * b)):
-                getattr(layer, name).copy_(tensor(value))
-            expected, (h_torch, c_torch) = layer(tensor(x), (tensor(h)[None], tensor(c)[None]))
-    for a, e in ((y, expected), (c_last, c_torch[0]), (h_last, h_torch[0])):
-        np.testing.assert_allclose(a, e.numpy(), rtol=1e-10, atol=1e-12)
+        run = lambda x, w, k, b, c, h: ours(x, w, k, b + r["recurrent_bias"], c, h)  # of two biases that are added PyTorch keeps both
+        out, pull = jax.vjp(jax.jit(run), *[r[name] for name in moving])
+        assert_trees_close(out, (r["y"], (r["last_c"], r["last_h"])), rtol=1e-10, atol=1e-12)
+        assert_trees_close(pull(jax.tree.map(jnp.cos, out)), tuple(r[f"d_{name}"] for name in moving), rtol=1e-10, atol=1e-12)
 
 
 def test_forward_mode_and_second_derivatives_are_those_of_the_loop(monkeypatch):
