@@ -1,20 +1,307 @@
-"""What layers of several families ask of their arguments."""
+"""What public functions and constructors ask of their arguments: each argument is stated once, at the door, by one of these words.
+
+Every word takes who asks, the name of the argument and its value, and returns the value in the form in which rules take it. A value that does not
+fit is a TypeError (of another type) or a ValueError (out of range, of another shape) that reads "who: argument is X, but must be Y: the likely fix".
+
+    x = checks.array("rms_norm", "x", x)
+    scale = checks.array("rms_norm", "scale", scale, optional=True)
+    epsilon = checks.number("rms_norm", "epsilon", epsilon, "[0, inf)", traced=True)
+    checks.shape("rms_norm", "scale", scale, x.shape[-1:], "(features,)", x=x)
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+import math
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.export import is_symbolic_dim
+
+from layers.core import compat
+
+KINDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "floating": ((jnp.floating,), "of a real floating-point dtype: cast it, {}.astype('float32')"),
+    "inexact": ((jnp.inexact,), "of a floating-point or complex dtype: cast it, {}.astype('float32')"),
+    "real": ((jnp.floating, jnp.integer), "of real numbers: cast it, {}.astype('float32')"),
+    "integer": ((jnp.integer,), "of integers: cast it, {}.astype('int32')"),
+    "boolean": ((jnp.bool_,), "of bool: compare, {} != 0"),
+    "mask": ((jnp.bool_, jnp.integer, jnp.floating), "of bool, or of zeros and ones: compare, {} != 0"),
+    "number": ((jnp.inexact, jnp.integer), "of numbers: cast it, {}.astype('float32')"),
+}
+"""The kinds of arrays: the dtypes that belong to each, and what messages say of them."""
+
+
+def array(who: str, what: str, value: Any, kind: str = "floating", *, ndim: int | None = None, optional: bool = False) -> Any:
+    """A JAX array of this kind, of `ndim` axes where that is given; None stays None where the argument is `optional`."""
+    if value is None and optional:
+        return None
+    x = _as_array(who, what, value)
+    dtypes, phrase = KINDS[kind]
+    if not any(jnp.issubdtype(x.dtype, d) for d in dtypes):
+        raise TypeError(f"{who}: {what} is of dtype {x.dtype}, but must be {phrase.format(what)}")
+    if ndim is not None and x.ndim != ndim:
+        raise ValueError(f"{who}: {what} has shape {x.shape}, but must have {ndim} {'axis' if ndim == 1 else 'axes'}")
+    return x
+
+
+def _as_array(who: str, what: str, value: Any) -> jax.Array:
+    if isinstance(value, jax.Array):
+        return value
+    leaves = jax.tree.leaves(value) if isinstance(value, (list, tuple)) else [value]
+    try:
+        if all(_is_numeric(x) for x in leaves):
+            return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        pass  # rows of unequal length, an array of objects
+    raise TypeError(f"{who}: {what} is {shown(value)}, but must be an array")
+
+
+def _is_numeric(x: Any) -> bool:
+    if isinstance(x, (str, bytes)):  # NumPy's strings are str
+        return False
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, numbers.Number)) or hasattr(x, "__jax_array__") or hasattr(x, "__array__")
+
+
+def shape(who: str, what: str, x: Any, sizes: Sequence[Any], axes: str, /, hint: str = "", **beside: Any) -> None:
+    """Raises ValueError unless `x`, where it is not None, is of this shape; `axes` names them, `beside` are the arrays that it comes from."""
+    if x is not None and tuple(x.shape) != tuple(sizes):
+        others = ", ".join(f"{key}: {a.shape}" for key, a in beside.items() if a is not None)
+        raise ValueError(f"{who}: {what} has shape {x.shape}, but must be {axes} = {tuple(sizes)}{f' ({others})' if others else ''}{hint}")
+
+
+def number(who: str, what: str, value: Any, within: str = "(-inf, inf)", *, traced: bool = False, optional: bool = False) -> Any:
+    """A real number in the interval `within`, such as "[0, 1)"; NaN lies in none, and infinity only in one that is closed there.
+
+    Where it may be `traced` it may be any array without axes, whose range is not looked at if it is traced, and which stays an array.
+    """
+    if value is None and optional:
+        return None
+    value = _scalar(who, what, value, f"a number {_phrase(within)}", traced)
+    if isinstance(value, compat.Tracer):
+        if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+            raise TypeError(f"{who}: {what} is traced and of dtype {value.dtype}, but must be a real number")
+        return value
+    plain = _plain(value)
+    if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
+        raise TypeError(f"{who}: {what} is {shown(value)}, but must be a number {_phrase(within)}")
+    plain = _as_float(plain)
+    if not _lies(plain, within):
+        raise ValueError(f"{who}: {what} is {shown(value)}, but must be a number {_phrase(within)}")
+    return value if traced and isinstance(value, jax.Array) else plain
+
+
+def integer(who: str, what: str, value: Any, within: str = "(-inf, inf)", *, traced: bool = False, optional: bool = False) -> Any:
+    """A whole number of at most 64 bits in the interval `within`, such as "[1, inf)"; a symbolic size of `jax.export` is one."""
+    if value is None and optional:
+        return None
+    if is_symbolic_dim(cast(Any, value)):
+        return value
+    value = _scalar(who, what, value, f"a whole number {_phrase(within)}", traced)
+    if isinstance(value, compat.Tracer):
+        if not jnp.issubdtype(value.dtype, jnp.integer):
+            raise TypeError(f"{who}: {what} is traced and of dtype {value.dtype}, but must be a whole number")
+        return value
+    plain = _plain(value)
+    if isinstance(plain, bool) or not isinstance(plain, numbers.Integral):
+        raise TypeError(f"{who}: {what} is {shown(value)}, but must be a whole number {_phrase(within)}")
+    if not _lies(plain, within) or not -(2**63) <= int(plain) < 2**63:
+        raise ValueError(f"{who}: {what} is {shown(value)}, but must be a whole number {_phrase(within)}, of at most 64 bits")
+    return value if traced and isinstance(value, jax.Array) else operator.index(plain)
+
+
+def flag(who: str, what: str, value: Any, *, optional: bool = False) -> Any:
+    """True or False; NumPy's, and 0 and 1, are as good."""
+    if value is None and optional:
+        return None
+    plain = _plain(_scalar(who, what, value, "True or False", traced=False))
+    if isinstance(plain, bool) or (isinstance(plain, int) and plain in (0, 1)):
+        return bool(plain)
+    raise TypeError(f"{who}: {what} is {shown(value)}, but must be True or False")
+
+
+def choice(who: str, what: str, value: Any, options: Iterable[Any]) -> Any:
+    """One of `options`, which are strings or None."""
+    options = tuple(options)
+    if (value is None and None in options) or (isinstance(value, str) and value in options):
+        return value
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(f"{who}: {what} is {shown(value)}, but must be one of {', '.join(map(repr, options))}")
+
+
+def function(who: str, what: str, value: Any, *, optional: bool = False) -> Any:
+    """What can be called."""
+    if callable(value) or (value is None and optional):
+        return value
+    raise TypeError(f"{who}: {what} is {shown(value)}, but must be a function")
+
+
+def axis(who: str, what: str, value: Any, ndim: int, *, optional: bool = False) -> Any:
+    """An axis of an array of `ndim` axes, counted from the front."""
+    if value is None and optional:
+        return None
+    found = integer(who, what, value)
+    if not -ndim <= found < ndim:
+        raise ValueError(f"{who}: {what} is {found}, but must be an axis of an array that has {ndim}")
+    return found % ndim
+
+
+def axes(who: str, what: str, value: Any, ndim: int) -> tuple[int, ...]:
+    """Different axes of an array of `ndim` axes, or one, counted from the front."""
+    given = value if isinstance(value, (tuple, list)) else (value,)
+    found = tuple(axis(who, what, a, ndim) for a in given)
+    if len(set(found)) < len(found):
+        raise ValueError(f"{who}: {what} is {value}, but must name each axis once (of {ndim})")
+    return found
+
+
+def dtype(who: str, what: str, value: Any, kind: str = "floating", *, optional: bool = True) -> Any:
+    """A dtype of this kind, or what names one; None stays None where the argument is `optional`."""
+    if value is None and optional:
+        return None
+    dtypes, phrase = KINDS[kind]
+    phrase = phrase.partition(":")[0].removeprefix("of ").removeprefix("a ")
+    try:
+        found = jnp.dtype(value) if value is not None else None
+    except TypeError:
+        found = None
+    if found is None or not any(jnp.issubdtype(found, d) for d in dtypes):
+        raise TypeError(f"{who}: {what} is {shown(value)}, but must be a {phrase}")
+    return found
+
+
+def key(who: str, what: str, value: Any, *, optional: bool = False) -> Any:
+    """One typed key: of a key of `jax.random`, typed or as its words, or of an integer seed."""
+    if value is None and optional:
+        return None
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return jax.random.key(integer(who, what, value, f"[{-(2**63)}, {2**63})"))
+    try:
+        found = _as_array(who, what, value)
+    except TypeError:
+        raise TypeError(f"{who}: {what} is {shown(value)}, but must be a key: jax.random.key(seed)") from None
+    if not jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
+        if found.ndim == 0 and jnp.issubdtype(found.dtype, jnp.integer):
+            return jax.random.key(found)
+        if found.dtype != jnp.uint32:
+            raise TypeError(f"{who}: {what} is {shown(found)}, but must be a key: jax.random.key(seed)")
+        try:
+            found = jax.random.wrap_key_data(found)
+        except (TypeError, ValueError):
+            raise ValueError(f"{who}: {what} has shape {found.shape}, which no key's words have: jax.random.key(seed)") from None
+    if found.ndim:
+        raise ValueError(f"{who}: {what} has shape {found.shape}, but must be one key: jax.vmap over an array of keys")
+    return found
+
+
+def arguments(who: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `fn` by name, with its defaults: of a constructor that passes on what it was given."""
+    try:
+        bound = inspect.signature(fn).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{who}: {error}") from None
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def mesh_axes(who: str, what: str, value: Any) -> tuple[str, ...]:
+    """The names of mapped axes (of `jax.shard_map` or `jax.vmap`) that are there where this is called: of one name, several or None."""
+    given = () if value is None else tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    for name in given:
+        if not isinstance(name, str):
+            raise TypeError(f"{who}: {what} is {shown(value)}, but must be the name of a mesh axis, a tuple of names, or None")
+        try:
+            lax.axis_size(name)
+        except NameError:
+            raise ValueError(
+                f"{who}: {what} is {name!r}, but no axis of that name is mapped here: call it inside jax.shard_map or jax.vmap"
+            ) from None
+    return given
+
+
+def shown(value: Any) -> str:
+    """What messages say that an argument is: short, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a whole number of {value.bit_length()} bits"
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        text = repr(value)
+        return text if len(text) <= 60 else f"a {type(value).__name__} of {len(text)} characters"
+    if isinstance(value, compat.Tracer):
+        return f"a traced array {value.dtype}{list(value.shape)}"
+    if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
+        return f"an array {value.dtype}{list(value.shape)}"
+    if isinstance(value, (np.generic, np.ndarray, jax.Array)) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return str(np.asarray(value))
+    if isinstance(value, (tuple, list)) and len(repr(value)) <= 60:
+        return repr(value)
+    return f"an object of type {type(value).__name__}"
+
+
+def _scalar(who: str, what: str, value: Any, kind: str, traced: bool) -> Any:
+    """`value`, refused where it is traced and may not be, or an array that has axes."""
+    if not isinstance(value, (jax.Array, np.ndarray)) and hasattr(value, "__jax_array__"):
+        value = value.__jax_array__()
+    if isinstance(value, compat.Tracer) and not traced:
+        raise TypeError(
+            f"{who}: {what} is traced, but is part of the program: pass it as a Python value, through `static_argnames` where the call is "
+            f"inside a jax.jit of which {what} is an argument"
+        )
+    if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
+        raise ValueError(f"{who}: {what} has shape {value.shape}, but must be {kind}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """The Python number of an array without axes; anything else as it is."""
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return np.asarray(value).item()
+    return value
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # of a whole number beyond all floats
+        return math.inf if value > 0 else -math.inf
+
+
+@functools.lru_cache(maxsize=128)
+def _bounds(within: str) -> tuple[float, float, Callable[[Any, Any], bool], Callable[[Any, Any], bool]]:
+    low, high = within[1:-1].split(",")
+    return _bound(low), _bound(high), operator.le if within[0] == "[" else operator.lt, operator.le if within[-1] == "]" else operator.lt
+
+
+def _bound(text: str) -> float:
+    return float(text) if "inf" in text or "." in text or "e" in text else int(text)
+
+
+def _lies(value: Any, within: str) -> bool:
+    low, high, above, below = _bounds(within)
+    return above(low, value) and below(value, high)
+
+
+def _phrase(within: str) -> str:
+    low, high, _, _ = _bounds(within)
+    if low == -math.inf and high == math.inf:
+        return "that is finite" if within == "(-inf, inf)" else "that is not NaN"
+    if within[-1] == ")" and high == math.inf:
+        return f"of at least {low}" if within[0] == "[" else f"above {low}"
+    return f"in {within}"
 
 
 def check_floating(name: str, **arrays: Any) -> None:
     """Raises TypeError unless each of the arrays, but for those that are None, is of a real floating-point dtype."""
-    for key, x in arrays.items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name}: {key} is of dtype {x.dtype}, but must be of a real floating-point dtype: cast it, {key}.astype('float32')")
+    for what, x in arrays.items():
+        array(name, what, x, optional=True)
 
 
 def check_block_size(name: str, size: int | None) -> None:
-    """Raises ValueError unless it is None or at least 1."""
-    if size is not None and size < 1:
-        raise ValueError(f"{name}: block_size is {size}, but a block has at least one row: None chooses")
+    """Raises unless it is None or a whole number of at least 1."""
+    integer(name, "block_size", size, "[1, inf)", optional=True)

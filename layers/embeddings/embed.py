@@ -12,6 +12,7 @@ Reference: Press and Wolf, "Using the Output Embedding to Improve Language Model
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float, Int
 
+from layers.core import checks
 from layers.core.function import Function
 from layers.core.numerics import wide
 
@@ -59,31 +61,32 @@ def embed(indices: Int[Array, "*batch"], embedding: Float[Array, "vocab features
         TypeError: where `indices` are not integers or the table is not of a floating-point dtype.
         ValueError: where the table has not two axes.
     """
-    indices, embedding = jnp.asarray(indices), jnp.asarray(embedding)
-    _check(indices, embedding)
+    indices = checks.array("embed", "indices", indices, "integer")
+    embedding = checks.array("embed", "embedding", embedding, "inexact", ndim=2)
+    if indices.size and not len(embedding):
+        raise ValueError(f"embed: embedding has shape {embedding.shape}, but must have a row to take (indices: {indices.shape})")
     return EmbedFunction.apply(indices, embedding)
 
 
 class Embed(nnx.Embed):
     """`flax.nnx.Embed`: the same arguments, parameters and values, with `attend`; backward keeps the indices only."""
 
+    @functools.wraps(nnx.Embed.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = checks.arguments("Embed", super().__init__, args, kwargs)
+        for what in ("num_embeddings", "features"):
+            given[what] = checks.integer("Embed", what, given[what], "[1, 2147483647]")
+        checks.dtype("Embed", "dtype", given["dtype"], "inexact")
+        checks.dtype("Embed", "param_dtype", given["param_dtype"], "inexact", optional=False)
+        super().__init__(**given)
+
     def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
         if out_sharding is not None:
             return super().__call__(inputs, out_sharding)
-        if not jnp.issubdtype(inputs.dtype, jnp.integer):
-            raise ValueError(f"Embed: the input must be integers, but is of dtype {inputs.dtype}")
+        inputs = checks.array("Embed", "inputs", inputs, "integer")
         table, dtype = self.embedding[...], self.dtype
         if self.promote_dtype is not dtypes.promote_dtype:
             (table,) = self.promote_dtype((table,), dtype=dtype, inexact=False)
             dtype = table.dtype
         indices = jnp.zeros_like(inputs) if self.num_embeddings == 1 else inputs
         return EmbedFunction.apply(indices, table, dtype=dtype)
-
-
-def _check(indices: jax.Array, embedding: jax.Array) -> None:
-    if not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise TypeError(f"embed: indices are of dtype {indices.dtype}, but must be integers: cast them, indices.astype('int32')")
-    if embedding.ndim != 2:
-        raise ValueError(f"embed: embedding has shape {embedding.shape}, but must have two axes, (vocab, features)")
-    if not jnp.issubdtype(embedding.dtype, jnp.inexact):
-        raise TypeError(f"embed: embedding is of dtype {embedding.dtype}, but must be of a floating-point dtype")

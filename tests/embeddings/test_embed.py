@@ -102,10 +102,10 @@ def test_custom_promote_dtype_is_used():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: layers.embed(jnp.ones(3), jnp.ones((3, 2))), TypeError, "embed: indices are of dtype float32"),
+        (lambda: layers.embed(jnp.ones(3), jnp.ones((3, 2))), TypeError, "embed: indices is of dtype float32"),
         (lambda: layers.embed(jnp.ones(3, int), jnp.ones(3)), ValueError, r"embed: embedding has shape \(3,\)"),
         (lambda: layers.embed(jnp.ones(3, int), jnp.ones((3, 2), int)), TypeError, "embed: embedding is of dtype int"),
-        (lambda: layers.Embed(3, 2, rngs=nnx.Rngs(0))(jnp.ones(3)), ValueError, "must be integers"),
+        (lambda: layers.Embed(3, 2, rngs=nnx.Rngs(0))(jnp.ones(3)), TypeError, "Embed: inputs is of dtype float32, but must be of integers"),
     ],
 )
 def test_wrong_arguments_are_named(call, error, message):

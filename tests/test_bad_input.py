@@ -1,0 +1,41 @@
+"""Whatever is given to a public function or constructor, there is a clear error or a right result: never a silent wrong one, nothing that hangs."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+import layers
+from tests.bad_input import mutate
+
+
+def catalogue():
+    """The good calls of all families, by public name."""
+    calls = {}
+    for path in sorted(Path(__file__).parent.glob("*/good_calls.py")):
+        calls |= importlib.import_module(f"tests.{path.parent.name}.good_calls").CALLS
+    return calls
+
+
+CALLS = catalogue()
+
+
+def judge(name, *, values):
+    target = layers
+    for part in name.split("."):
+        target = getattr(target, part)
+    findings = mutate(name.rpartition(".")[2], target, CALLS[name], values=values)
+    said = "\n".join(f"{kind}: {line}" for kind in ("silent", "hanging", "unclear") for line in getattr(findings, kind))
+    assert not findings.silent and not findings.hanging, said
+    assert findings.well >= 0.95 * (findings.well + len(findings.unclear)), said
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_mutated_call_has_a_clear_error_or_can_be_traced(name):
+    judge(name, values=False)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", CALLS)
+def test_mutated_call_has_a_clear_error_or_a_right_result(name):
+    judge(name, values=True)
