@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.core.machine import on_accelerator
+from layers.core.products import einsum
 
 
 def wide(dtype: Any) -> Any:
@@ -19,7 +20,7 @@ def wide(dtype: Any) -> Any:
 def dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """A product of matrices, as `jnp.einsum` writes it: of operands of their common dtype, added up in float32 or wider."""
     dtype = jnp.promote_types(x.dtype, y.dtype)
-    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=wide(dtype))
+    return einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=wide(dtype))
 
 
 def hidden_dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -27,7 +28,7 @@ def hidden_dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(x.dtype, y.dtype)
     if wide(dtype) == dtype or not on_accelerator():
         return dot(spec, x, y)
-    return jnp.einsum(spec, x.astype(dtype), y.astype(dtype)).astype(wide(dtype))
+    return einsum(spec, x.astype(dtype), y.astype(dtype)).astype(wide(dtype))
 
 
 def scaled(q: jax.Array, scale: Any) -> tuple[jax.Array, float]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layers.core.products import einsum
 from layers.implicit import vectors as v
 from layers.implicit.vectors import Map, Vector
 
@@ -71,7 +72,7 @@ class GMRES:
             _, w, h = v.while_loop(lambda c: c[0] <= j, lambda c: _without(basis, *c), first)
             length = jnp.sqrt(v.dot(w, w))
             basis = v.put(basis, j + 1, v.times(1 / jnp.where(length > 0, length, 1), w))
-            column = q @ h.at[j + 1].set(length)
+            column = einsum("ij,j->i", q, h.at[j + 1].set(length))
             along, below = column[j], column[j + 1]
             hypotenuse = jnp.hypot(along, below)
             c, s = (jnp.where(hypotenuse > 0, z / jnp.where(hypotenuse > 0, hypotenuse, 1), o) for z, o in ((along, 1.0), (below, 0.0)))

@@ -77,15 +77,16 @@ def dots(stack: Vector, a: Vector) -> jax.Array:
 
     def product(s: jax.Array, x: jax.Array) -> jax.Array:
         like = explicit_sharding(x)
+        over = (list(range(1, s.ndim)), list(range(x.ndim)))
         everywhere = None if like is None else NamedSharding(like.mesh, P(None))
-        return jnp.real(jnp.tensordot(jnp.conj(s), x, x.ndim, precision=lax.Precision.HIGHEST, out_sharding=everywhere))
+        return jnp.real(lax.dot_general(jnp.conj(s), x, (over, ([], [])), precision=lax.Precision.HIGHEST, out_sharding=everywhere))
 
     return sum((product(s, x) for s, x in zip(stack, a, strict=True)), jnp.zeros((), real_dtype(a)))
 
 
 def combine(weights: jax.Array, stack: Vector) -> Vector:
     """The sum of the vectors of a stack, weighted."""
-    return [jnp.tensordot(weights.astype(s.dtype), s, 1, precision=lax.Precision.HIGHEST) for s in stack]
+    return [lax.dot_general(weights.astype(s.dtype), s, (([0], [0]), ([], [])), precision=lax.Precision.HIGHEST) for s in stack]
 
 
 def while_loop(go_on: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any) -> Any:

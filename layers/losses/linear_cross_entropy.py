@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from layers.core.function import Function
 from layers.core.numerics import wide
+from layers.core.products import inner
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
 from layers.losses import rows
@@ -84,7 +85,7 @@ class LinearCrossEntropyFunction(Function):
         if not ctx.in_forward:
             return _recomputed_tangents(ctx, *tangents)
         gradients, scale = ctx.saved_tensors
-        slope = sum(jnp.vdot(g, t) for g, t in zip(gradients, tangents, strict=False) if g is not None)
+        slope = sum(inner(g, t) for g, t in zip(gradients, tangents, strict=False) if g is not None)
         return slope if scale is None else slope * scale, None, None
 
     @staticmethod

@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float
 from layers.core.checks import check_block_size
 from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
+from layers.core.products import inner
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
 from layers.losses import rows
@@ -84,7 +85,7 @@ class LinearJSDFunction(Function):
     def jvp(ctx, dx, dkernel, dbias, *_):
         if ctx.in_forward:
             gradients, scale = ctx.saved_tensors
-            terms = (jnp.vdot(g, t) for g, t in zip(gradients, (dx, dkernel, dbias), strict=True) if g is not None)
+            terms = (inner(g, t) for g, t in zip(gradients, (dx, dkernel, dbias), strict=True) if g is not None)
             return scale * sum(terms, jnp.zeros_like(scale))
         x, kernel, bias, teacher_x, teacher_kernel, teacher_bias, mask, stats = ctx.saved_tensors
         head, teacher, options = Head(kernel, bias), Head(teacher_kernel, teacher_bias), ctx.options

@@ -22,6 +22,7 @@ from layers.core.blocks import block_size, by_device, map_blocks
 from layers.core.checks import check_floating
 from layers.core.machine import choose
 from layers.core.numerics import safe_reciprocal, wide
+from layers.core.products import einsum
 from layers.core.zeros import explicit_sharding
 
 GRADIENTS = ("straight_through", "rotation")
@@ -54,7 +55,7 @@ def nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
     broken = jnp.argmax(~jnp.isfinite(codebook).all(-1)).astype(jnp.int32)
 
     def index(rows: jax.Array) -> jax.Array:
-        scores = squares - 2 * jnp.matmul(rows.astype(dtype) - centre, codes.T, precision=lax.Precision.HIGHEST)
+        scores = squares - 2 * einsum("rf,cf->rc", rows.astype(dtype) - centre, codes, precision=lax.Precision.HIGHEST)
         least = scores.min(-1, keepdims=True)
         first = jnp.where(scores == least, jnp.arange(count, dtype=jnp.int32), count).min(-1)
         return jnp.where(first == count, broken, first)

@@ -34,6 +34,7 @@ from jaxtyping import Array, Float
 from layers.core.checks import check_floating
 from layers.core.function import Function, once_differentiable
 from layers.core.numerics import safe_reciprocal, wide
+from layers.core.products import matmul
 from layers.core.rows import as_rows
 from layers.core.zeros import explicit_sharding
 
@@ -70,7 +71,7 @@ class Int8LinearFunction(Function):
     @staticmethod
     def jvp(ctx, x_dot, kernel_dot, bias_dot, *_):
         qx, sx, qw, sw = ctx.saved_tensors
-        y_dot = x_dot.astype(sx.dtype) @ (qw * sw) + (qx * sx) @ kernel_dot.astype(sw.dtype)
+        y_dot = matmul(x_dot.astype(sx.dtype), qw * sw) + matmul(qx * sx, kernel_dot.astype(sw.dtype))
         return (y_dot if bias_dot is None else y_dot + bias_dot).astype(ctx.dtype)
 
     @staticmethod
@@ -98,10 +99,10 @@ def _quantized(a: jax.Array, axis: int, key: jax.Array | None = None) -> tuple[j
 
 def _product(a: jax.Array, b: jax.Array, place: Any = None) -> jax.Array:
     """a b for int8 matrices, exact: int32, or a sum in float32 where one int32 could overflow; `place` is the sharding of the result, if known."""
-    multiply = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.int32, out_sharding=place)
+    multiply = lambda a, b: matmul(a, b, preferred_element_type=jnp.int32, out_sharding=place)
     terms = a.shape[1]
     if is_symbolic_dim(terms):
-        return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        return matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     if terms <= MOST_TERMS:
         return multiply(a, b)
     parts = range(0, terms, MOST_TERMS)
@@ -111,7 +112,7 @@ def _product(a: jax.Array, b: jax.Array, place: Any = None) -> jax.Array:
 def _gradient_product(g: jax.Array, q: jax.Array, rounding: str, key: jax.Array | None, place: Any = None) -> jax.Array:
     """g q, with the rows of g quantised."""
     if rounding == "none":
-        return jnp.matmul(g, q.astype(g.dtype), out_sharding=place)
+        return matmul(g, q.astype(g.dtype), out_sharding=place)
     qg, sg = _quantized(g, 1, key)
     return _product(qg, q, place).astype(g.dtype) * sg
 

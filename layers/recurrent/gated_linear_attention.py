@@ -35,6 +35,7 @@ from jaxtyping import Array, Float
 from layers.core.checks import check_floating
 from layers.core.function import Function
 from layers.core.numerics import scaled, wide
+from layers.core.products import einsum
 from layers.core.recompute import barrier
 from layers.core.zeros import lie_like
 from layers.recurrent.loops import cut, fold_chunks, put
@@ -119,18 +120,18 @@ def _chunk(state: jax.Array, rows: Any, scale: float) -> tuple[jax.Array, jax.Ar
     shares, up, down, half = [], g, jnp.zeros_like(g), 1
     while half < padded:
         (_, q2), (k1, _), (v1, _), (up1, up2), (down1, down2) = (_halves(x, half) for x in (q, k, v, up, down))
-        weights = jnp.einsum("bhnik,bhnjk->bhnij", q2 * jnp.exp(up2), k1 * jnp.exp(down1))
-        shares.append(jnp.einsum("bhnij,bhnjv->bhniv", weights, v1))
+        weights = einsum("bhnik,bhnjk->bhnij", q2 * jnp.exp(up2), k1 * jnp.exp(down1))
+        shares.append(einsum("bhnij,bhnjv->bhniv", weights, v1))
         up, down = _whole(up1, up2 + up1[..., -1:, :]), _whole(down1 + up2[..., -1:, :], down2)
         half *= 2
-    out = jnp.flip(jnp.einsum("bhtk,bhkv->bhtv", jnp.flip(q * jnp.exp(up), 2), state), 2)
+    out = jnp.flip(einsum("bhtk,bhkv->bhtv", jnp.flip(q * jnp.exp(up), 2), state), 2)
     while shares:
         share = shares.pop()
         out1, out2 = _halves(out, share.shape[3])
         out = _whole(out1, out2 + share)
     out = out + (q * k).sum(-1, keepdims=True) * v
     fade = jnp.exp(up[..., -1, :])[..., None]
-    state = fade * state + jnp.einsum("bhtk,bhtv->bhkv", k * jnp.exp(down), v)
+    state = fade * state + einsum("bhtk,bhtv->bhkv", k * jnp.exp(down), v)
     return state, scale * out[:, :, :size]
 
 

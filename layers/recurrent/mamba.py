@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from layers.core.products import matmul
 from layers.recurrent.selective_scan import selective_scan
 
 
@@ -138,7 +139,7 @@ class Mamba(nnx.Module):
         kernel, bias = self.dt_proj.kernel[...], self.dt_proj.bias
         y, ssm = selective_scan(
             x,
-            rate @ kernel.astype(rate.dtype),
+            matmul(rate, kernel.astype(rate.dtype)),
             -jnp.exp(self.A_log[...].astype(jnp.promote_types(self.A_log.dtype, jnp.float32))),
             b,
             c,

@@ -30,6 +30,7 @@ from layers.core.checks import check_floating
 from layers.core.function import Function
 from layers.core.machine import choose, on_accelerator
 from layers.core.numerics import wide
+from layers.core.products import einsum
 from layers.core.recompute import barrier
 from layers.recurrent.loops import cut, fold_chunks, put, scan
 from layers.recurrent.recurrence import before, run, run_back
@@ -95,12 +96,12 @@ class SelectiveScanFunction(Function):
             if chunk.z is not None:
                 y = _read(h, chunk.c) + d * chunk.u
                 dz, dy = dy * y * _silu_slope(chunk.z), dy * jax.nn.silu(chunk.z)
-            dc = jnp.einsum("tbnd,tbd->tbn", h, dy)
+            dc = einsum("tbnd,tbd->tbn", h, dy)
             after, dh = _gradients_of_states(fade, chunk, dy, after)
             w, r = dh * decayed, _read(dh, chunk.b)
             drate = r * chunk.u + _sum_states(w * a)
             ddelta = drate * jax.nn.sigmoid(chunk.raw) if ctx.softplus else drate
-            rows = (r * chunk.rate + d * dy, ddelta, jnp.einsum("tbnd,tbd->tbn", dh, chunk.drive), dc, dz)
+            rows = (r * chunk.rate + d * dy, ddelta, einsum("tbnd,tbd->tbn", dh, chunk.drive), dc, dz)
             buffers = jax.tree.map(lambda into, v: put(into, v, start), buffers, rows)
             da = da + (w * chunk.rate[:, :, None]).sum((0, 1))
             return (after, da, dd + (dy * chunk.u).sum((0, 1)), dbias + ddelta.sum((0, 1)), buffers), None
