@@ -20,6 +20,7 @@ from layers.check.residuals import residuals as residuals
 from layers.core.function import Function as Function
 from layers.core.function import forward_mode as forward_mode
 from layers.core.function import once_differentiable as once_differentiable
+from layers.core.machine import compiling_for as compiling_for
 from layers.dropout.dropout import Dropout as Dropout
 from layers.dropout.dropout import dropout as dropout
 from layers.embeddings.embed import Embed as Embed

@@ -1,6 +1,6 @@
 """What an accelerator is given: the same values and gradients as a CPU, by larger blocks and by other ways through time.
 
-The default backend is a CPU that calls itself something else, so that the programs for accelerators run here.
+Programs that are traced for a GPU run on the CPU here.
 """
 
 import jax
@@ -42,6 +42,12 @@ LAYERS = {
 }
 
 
+@pytest.fixture
+def on_a_gpu():
+    with layers.compiling_for("cuda"):
+        yield
+
+
 def value_and_gradients(fn, args):
     def program(*args):
         out, pull = jax.vjp(fn, *args)
@@ -51,13 +57,13 @@ def value_and_gradients(fn, args):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_values_and_gradients_are_those_of_a_cpu(name, monkeypatch):
+def test_values_and_gradients_are_those_of_a_cpu(name):
     fn, arguments = LAYERS[name]
     with jax.enable_x64(True):
         args = arguments()
         here = value_and_gradients(fn, args)
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        there = value_and_gradients(lambda *a: fn(*a), args)
+        with layers.compiling_for("cuda"):
+            there = value_and_gradients(fn, args)
         for x, y in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-10 * float(abs(x).max()))
 
@@ -67,16 +73,16 @@ def loops(fn, args):
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "softmax_cross_entropy", "linear_recurrence"])
-def test_there_is_no_loop(name, monkeypatch):
+def test_there_is_no_loop(name):
     fn, arguments = LAYERS[name]
     args = arguments()
     assert loops(fn, args) > 0
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert loops(lambda *a: fn(*a), args) == 0
+    with layers.compiling_for("cuda"):
+        assert loops(fn, args) == 0
 
 
 def test_the_default_device_decides(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert machine.on_accelerator()
     with jax.default_device(jax.devices("cpu")[0]):
         assert not machine.on_accelerator()
@@ -84,8 +90,36 @@ def test_the_default_device_decides(monkeypatch):
         assert not machine.on_accelerator()
 
 
-def test_coefficients_whose_product_overflows_leave_a_state_of_zeros_alone(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_what_is_asked_for_goes_before_the_default_device():
+    with layers.compiling_for("tpu"):
+        assert machine.platform() == "tpu"
+        with layers.compiling_for("cpu"):
+            assert not machine.on_accelerator()
+    assert machine.platform() == "cpu"
+    with (
+        pytest.raises(ValueError, match="compiling_for: platform is 'h100', but must be one of 'cpu', 'cuda', 'rocm', 'tpu'"),
+        layers.compiling_for("h100"),
+    ):
+        pass
+
+
+def test_function_compiled_outside_is_traced_anew_inside():
+    x, scale = normal((1200, 128), (128,))
+    fn = jax.jit(jax.grad(lambda x: layers.rms_norm(x, scale).sum()))
+    outside = fn.lower(x).as_text().count("while")
+    with layers.compiling_for("cuda"):
+        assert fn.lower(x).as_text().count("while") == 0 < outside
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_exported_program_has_the_blocks_of_its_platform(platform):
+    x, scale = normal((1200, 128), (128,))
+    with layers.compiling_for(platform):
+        exported = jax.export.export(jax.jit(jax.grad(lambda x: layers.rms_norm(x, scale).sum())), platforms=[platform])(x)
+    assert "while" not in exported.mlir_module()
+
+
+def test_coefficients_whose_product_overflows_leave_a_state_of_zeros_alone(on_a_gpu):
     a, b = jnp.full((600,), 2.0), jnp.zeros(600).at[-2].set(1.0)
 
     @jax.jit
@@ -99,15 +133,13 @@ def test_coefficients_whose_product_overflows_leave_a_state_of_zeros_alone(monke
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (1, 3)])
-def test_short_recurrences(shape, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_short_recurrences(shape, on_a_gpu):
     a, b, start = jnp.full(shape, 0.5), jnp.ones(shape), jnp.ones(3)
     np.testing.assert_array_equal(layers.linear_recurrence(a, b, start), jnp.full(shape, 1.5))
 
 
 @pytest.mark.parametrize("name", ["mlp", "gated_mlp"])
-def test_errors_in_bfloat16_are_not_above_those_of_autodiff(name, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_errors_in_bfloat16_are_not_above_those_of_autodiff(name, on_a_gpu):
     fn = getattr(layers, name)
     shapes = (400, 32), *[(32, 300)] * (1 if name == "mlp" else 2), (300, 16)
     args = normal(*shapes, dtype=jnp.bfloat16)

@@ -1,27 +1,63 @@
 """What the machine wants: small blocks for the caches of a CPU, few large ones for an accelerator, which starts a kernel for each step of a loop.
 
-What a program is compiled for is not known while it is traced. JAX's default device is taken for it; on another one the program is as right,
-only with blocks of the wrong size.
+A program is traced for what it will be compiled for. That is taken to be JAX's default device, unless `compiling_for` says otherwise; on another one
+the program is as right, only with blocks of the wrong size.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
+
+from layers.core import checks
 
 T = TypeVar("T")
 
 UNLIMITED = 1 << 62
 """Bytes of a block that takes all there is."""
 
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
-def on_accelerator() -> bool:
-    """Whether JAX's default device is something else than a CPU."""
+_asked: Any = jax.make_user_context(None)  # part of the key of JAX's caches: what was traced for another platform is traced anew
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """A block in which layers are traced for this platform, whatever JAX's default device is.
+
+    For `jax.export`, or to compile for a device that is not there:
+
+        with layers.compiling_for("cuda"):
+            exported = jax.export.export(jax.jit(step), platforms=["cuda"])(*args)
+
+    Args:
+        platform: "cpu", "cuda", "rocm" or "tpu".
+
+    Raises:
+        ValueError: for another one.
+    """
+    with _asked(checks.choice("compiling_for", "platform", platform, PLATFORMS)):
+        yield
+
+
+def platform() -> str:
+    """What is compiled for: one of `PLATFORMS`, or what another plugin calls itself."""
+    if _asked.value is not None:
+        return _asked.value
     config: Any = jax.config
     device = config.jax_default_device
-    platform = jax.default_backend() if device is None else getattr(device, "platform", device)
-    return platform != "cpu"
+    found = jax.default_backend() if device is None else getattr(device, "platform", device)
+    if found != "gpu":
+        return found
+    return "rocm" if "rocm" in jax.devices("gpu")[0].client.platform_version.lower() else "cuda"
+
+
+def on_accelerator() -> bool:
+    """Whether what is compiled for is something else than a CPU."""
+    return platform() != "cpu"
 
 
 def choose(on_cpu: T, otherwise: T) -> T:
