@@ -167,12 +167,17 @@ def hash_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         else:
             index = index + position * jnp.uint32(stride)
             if is_symbolic_dim(shape[axis]):
-                high = lax.div(position, jnp.uint32(min(2**32 // stride, 2**32 - 1)))
+                high = _quotient(position, min(2**32 // stride, 2**32 - 1))
                 k1 = jnp.where(high > 0, mix(k1 + high * jnp.uint32(ODD)), k1)
             elif stride * shape[axis] > 2**32:
-                k1 = mix(k1 + lax.div(position, jnp.uint32(2**32 // stride)) * jnp.uint32(ODD))
+                k1 = mix(k1 + _quotient(position, 2**32 // stride) * jnp.uint32(ODD))
         stride *= shape[axis] if is_symbolic_dim(shape[axis]) else max(shape[axis], 1)
     return mix(mix(index + k0) ^ k1)
+
+
+def _quotient(position: jax.Array, divisor: int) -> jax.Array:
+    """Behind a barrier, as XLA computes a quotient of constants while it compiles, which takes minutes for the 2³² elements that this is for."""
+    return lax.div(position, lax.optimization_barrier(jnp.uint32(divisor)))
 
 
 def _mixed_key(words: jax.Array) -> tuple[jax.Array, jax.Array]:
