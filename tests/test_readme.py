@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -31,6 +33,20 @@ def test_lines_for_a_model_that_exists_run():
     exec(code, names)
     assert [r.layer for r in names["report"].swapped] == ["Linear", "LayerNorm"]
     assert float(names["loss"]) == pytest.approx(math.log(5))
+
+
+def test_lines_for_any_model_run(capsys):
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[2]
+    params = {"embed": jax.random.normal(jax.random.key(0), (64, 32)), "scale": jnp.ones(32)}
+    tokens = jnp.arange(2 * 129).reshape(2, 129) % 64
+    names = {"layers": layers, "jax": jax, "jnp": jnp, "params": params, "tokens": tokens}
+    exec(code, names)
+    replaced = {row.name for row in names["loss"].report(params, tokens).replaced}
+    assert replaced == {"dot_product_attention", "rms_norm", "linear_cross_entropy"}
+    assert "replaced 3 parts" in capsys.readouterr().out
+    plain = jax.grad(names["loss"].__wrapped__)(params, tokens)
+    for actual, expected in zip(*map(jax.tree.leaves, (jax.grad(names["loss"])(params, tokens), plain)), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_example_has_about_twenty_lines():

@@ -22,18 +22,22 @@ from jax.interpreters import ad, batching, mlir
 from jax.tree_util import default_registry
 
 __all__ = [
+    "Literal",
     "SymbolicZero",
     "Tracer",
     "children",
     "define_linear_primitive",
     "depends_on",
+    "evaluate",
     "is_key",
     "linearized",
     "match_placement",
     "on_first_device",
     "open_jaxpr",
+    "scan_counts",
     "source_frames",
     "tangent_type",
+    "traced_at",
     "used_inputs",
     "vary_like",
     "varying_axes",
@@ -204,3 +208,26 @@ def source_frames(eqn: Any) -> list[tuple[str, int, str]]:
     """File, line and function of the Python frames outside JAX that an equation was traced in, innermost first."""
     traceback = eqn.source_info.traceback
     return [] if traceback is None else [(f.file_name, f.start_line, f.function_name) for f in source_info_util.user_frames(traceback)]
+
+
+def evaluate(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
+    """The outputs of one equation of a jaxpr, for arrays in place of its inputs."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    fns, params = params if isinstance(params, tuple) else ((), params)  # JAX before 0.10.2 gave functions beside the parameters
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*fns, *args, **params)
+    return out if eqn.primitive.multiple_results else [out]
+
+
+def traced_at(eqn: Any, stack: Any) -> Any:
+    """A context in which operations are traced under the source line of an equation, and the scopes `stack` inside those there are."""
+    return source_info_util.user_context(eqn.source_info.traceback, name_stack=source_info_util.current_name_stack() + stack)
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many inputs of a scan are the same in each step, and how many are carried from one to the next."""
+    p = eqn.params
+    if "num_consts" in p:
+        return p["num_consts"], p["num_carry"]
+    consts, carry, _ = p["ft_in"].unpack()  # JAX 0.12
+    return len(consts), len(carry)

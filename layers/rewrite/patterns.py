@@ -1,0 +1,69 @@
+"""The patterns by name, in the order in which they are looked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from layers.rewrite.activations import find_activation
+from layers.rewrite.attention import find_attention
+from layers.rewrite.cross_entropy import find_cross_entropy
+from layers.rewrite.graph import Graph, Node
+from layers.rewrite.match import Match, Nearly, obstacle
+from layers.rewrite.mlp import find_mlp
+from layers.rewrite.norms import find_norm
+from layers.rewrite.profit import pays
+
+PATTERNS: dict[str, Callable[[Node], Match | Sequence[Match] | None]] = {
+    "attention": find_attention,
+    "cross_entropy": find_cross_entropy,
+    "norm": find_norm,
+    "mlp": find_mlp,
+    "activation": find_activation,
+}
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A part that nearly fitted a pattern: its middle, and why it did not."""
+
+    pattern: str
+    node: Node
+    reason: str
+
+
+@dataclass
+class Found:
+    """The matches of a graph that are taken, and what nearly was."""
+
+    matches: list[Match] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+
+
+def find_all(graph: Graph, names: Sequence[str]) -> Found:
+    found, taken = Found(), set()
+    for name in names:
+        for n in graph.nodes:
+            if n in taken:
+                continue
+            reasons = []
+            for m in _candidates(name, n, reasons):
+                why_not = obstacle(graph, m, taken)
+                if why_not == "" and pays(m):
+                    found.matches.append(m)
+                    taken |= m.nodes
+                    break
+                if why_not is not None:
+                    reasons.append(why_not or f"it would keep more than it frees, by {-m.saving} bytes")
+            else:
+                found.misses += [Miss(name, n, reasons[0])] if reasons else []
+    return found
+
+
+def _candidates(name: str, n: Node, reasons: list[str]) -> Iterator[Match]:
+    try:
+        matches = PATTERNS[name](n)
+    except Nearly as miss:
+        reasons.append(str(miss))
+        return
+    yield from [matches] if isinstance(matches, Match) else matches or []

@@ -1,0 +1,25 @@
+"""JAX's operations by what they do, as the patterns need to know them."""
+
+from __future__ import annotations
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+CASTS = _names("convert_element_type")
+LAYOUT = _names("broadcast_in_dim reshape transpose squeeze expand_dims")
+"""The same numbers in other places, or repeated."""
+UNARY = _names(
+    "exp exp2 log log1p expm1 tanh logistic sin cos tan sqrt rsqrt cbrt square integer_pow erf erfc erf_inv abs sign is_finite not neg "
+    "floor ceil round asin acos atan sinh cosh asinh acosh atanh stop_gradient"
+)
+BINARY = _names("add sub mul div max min pow rem atan2 and or xor ge gt le lt eq ne select_n clamp nextafter add_any shift_left shift_right_logical")
+OTHERS = _names(
+    "slice concatenate pad rev split iota cumsum argmax argmin reduce_sum reduce_max reduce_min reduce_and reduce_or gather dynamic_slice "
+    "dynamic_update_slice copy"
+)
+FOLDABLE = UNARY | BINARY | LAYOUT | CASTS | OTHERS
+"""What may be computed while a function is rewritten, where it depends on no argument."""
+INLINED = _names("jit pjit closed_call core_call")
+REMAT = _names("remat2 checkpoint remat")
