@@ -43,6 +43,7 @@ from layers.mlp.gated_mlp import GatedMLP as GatedMLP
 from layers.mlp.gated_mlp import gated_mlp as gated_mlp
 from layers.mlp.mlp import MLP as MLP
 from layers.mlp.mlp import mlp as mlp
+from layers.moe.grouped_matmul import grouped_matmul as grouped_matmul
 from layers.norms.add_layer_norm import add_layer_norm as add_layer_norm
 from layers.norms.add_rms_norm import add_rms_norm as add_rms_norm
 from layers.norms.batch_norm import BatchNorm as BatchNorm
@@ -55,7 +56,11 @@ from layers.norms.rms_norm import RMSNorm as RMSNorm
 from layers.norms.rms_norm import rms_norm as rms_norm
 from layers.quantization.binarize import binarize as binarize
 from layers.quantization.fake_quantize import fake_quantize as fake_quantize
+from layers.quantization.finite_scalar_codes import finite_scalar_codes as finite_scalar_codes
+from layers.quantization.finite_scalar_codes import finite_scalar_indices as finite_scalar_indices
 from layers.quantization.finite_scalar_quantize import finite_scalar_quantize as finite_scalar_quantize
+from layers.quantization.fp8_linear import Fp8Linear as Fp8Linear
+from layers.quantization.fp8_linear import fp8_linear as fp8_linear
 from layers.quantization.int8_linear import Int8Linear as Int8Linear
 from layers.quantization.int8_linear import int8_linear as int8_linear
 from layers.quantization.residual_vector_quantize import residual_vector_quantize as residual_vector_quantize

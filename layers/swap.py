@@ -13,6 +13,7 @@ from typing import Any
 from flax import nnx
 
 from layers.attention.multi_head_attention import MultiHeadAttention
+from layers.core import checks
 from layers.dropout.dropout import Dropout
 from layers.embeddings.embed import Embed
 from layers.linear.linear import Linear
@@ -20,6 +21,7 @@ from layers.norms.batch_norm import BatchNorm
 from layers.norms.group_norm import GroupNorm
 from layers.norms.layer_norm import LayerNorm
 from layers.norms.rms_norm import RMSNorm
+from layers.quantization.fp8_linear import Fp8Linear
 from layers.recurrent.rnn import RNN
 
 TWINS: dict[type[nnx.Module], type[nnx.Module]] = {
@@ -76,7 +78,7 @@ class SwapReport:
     __repr__ = __str__
 
 
-def swap(model: Any, *, only: Choice = None, skip: Choice = None) -> SwapReport:
+def swap(model: Any, *, only: Choice = None, skip: Choice = None, fp8: bool = False) -> SwapReport:
     """Replaces every Flax layer of `model` that has a twin here, in place; parameters, rngs and dtypes are shared, not copied.
 
     Values stay, but for the masks of dropout: those of `Dropout` are not Flax's for the same key unless `generator = "threefry"` is set on
@@ -86,6 +88,7 @@ def swap(model: Any, *, only: Choice = None, skip: Choice = None) -> SwapReport:
         model: an nnx module.
         only: classes of Flax layers, or `(path, layer) -> bool`: nothing else is replaced.
         skip: the same, for what is to be left.
+        fp8: makes every `Linear` whose sizes allow it an `Fp8Linear`, whose products are of 8-bit numbers; values do not stay then.
 
     Returns:
         A report of what was swapped and what was left and why; its `.model` is the root.
@@ -95,7 +98,7 @@ def swap(model: Any, *, only: Choice = None, skip: Choice = None) -> SwapReport:
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"swap: model is a {type(model).__name__}, but must be an nnx module (for Linen, use the classes of layers.linen)")
-    report, chooser = SwapReport(model), _Chooser(_read("only", only), _read("skip", skip))
+    report, chooser = SwapReport(model), _Chooser(_read("only", only), _read("skip", skip), checks.flag("swap", "fp8", fp8))
     report.model = _replace(model, "", chooser, report.rows, {})
     return report
 
@@ -116,17 +119,24 @@ def _read(name: str, choice: Any) -> Any:
 class _Chooser:
     only: Choice
     skip: Choice
+    fp8: bool
+
+    def twin_of(self, layer: nnx.Module) -> type[nnx.Module]:
+        return Fp8Linear if self._narrows(layer) else TWINS[type(layer)]
+
+    def _narrows(self, layer: nnx.Module) -> bool:
+        return self.fp8 and type(layer) in (nnx.Linear, Linear) and not Fp8Linear.swap_obstacle(layer)
 
     def reason_to_leave(self, path: str, layer: nnx.Module) -> str:
         if base := _base_of_subclass(layer):
             return f"a subclass of {base.__name__} may compute something else"
-        if type(layer) not in TWINS:
+        if type(layer) not in TWINS and not self._narrows(layer):
             return f"no twin for {type(layer).__name__}"
         if self.only is not None and not _matches(self.only, path, layer):
             return "not among `only`"
         if self.skip is not None and _matches(self.skip, path, layer):
             return "among `skip`"
-        return getattr(TWINS[type(layer)], "swap_obstacle", lambda _: "")(layer)
+        return getattr(self.twin_of(layer), "swap_obstacle", lambda _: "")(layer)
 
 
 def _matches(choice: Any, path: str, layer: nnx.Module) -> bool:
@@ -166,9 +176,9 @@ def _replace_module(module: nnx.Module, path: str, chooser: _Chooser, rows: list
     seen[id(module)] = module
     reason = chooser.reason_to_leave(path, module)
     if not reason:
-        twin = TWINS[type(module)]
+        twin = chooser.twin_of(module)
         rows.append(Swapped(path, type(module).__name__, f"layers.{twin.__name__}"))
-        seen[id(module)] = make_twin(module)
+        seen[id(module)] = make_twin(module, twin)
     elif type(module).__module__.startswith("flax.") or _base_of_subclass(module):
         rows.append(Swapped(path, type(module).__name__, left_because=reason))
     new = seen[id(module)]
@@ -178,9 +188,9 @@ def _replace_module(module: nnx.Module, path: str, chooser: _Chooser, rows: list
     return new
 
 
-def make_twin(module: nnx.Module) -> nnx.Module:
-    """The twin of a Flax layer, holding all that it holds."""
-    twin = object.__new__(TWINS[type(module)])
+def make_twin(module: nnx.Module, kind: type[nnx.Module] | None = None) -> nnx.Module:
+    """The twin of a Flax layer, holding all that it holds; of a `kind` of one's own where given."""
+    twin = object.__new__(kind or TWINS[type(module)])
     for name, value in vars(module).items():
         object.__setattr__(twin, name, value)
     return twin

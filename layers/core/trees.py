@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layers.core import checks
 from layers.core.context import is_array
 
 
@@ -26,7 +27,7 @@ def map_floating(name: str, fn: Callable[[Any], Any], tree: Any) -> Any:
     """`fn` of every floating-point or complex leaf; other leaves as they are.
 
     Raises:
-        TypeError: for a leaf that is no array and no number.
+        TypeError: for a leaf that is no array and no number, and where there is none.
     """
     return map_floating_together(name, lambda leaves: [fn(x) for x in leaves], tree)
 
@@ -34,9 +35,11 @@ def map_floating(name: str, fn: Callable[[Any], Any], tree: Any) -> Any:
 def map_floating_together(name: str, fn: Callable[[list[Any]], list[Any]], tree: Any) -> Any:
     """The same, where `fn` takes and returns the list of all such leaves."""
     leaves, structure = jax.tree.flatten(tree)
+    if not leaves:
+        raise TypeError(f"{name}: x is {checks.shown(tree)}, but must be an array or a pytree of arrays")
     for x in leaves:
         if not (is_array(x) or isinstance(x, (bool, int, float, complex))):
-            raise TypeError(f"{name}: the input holds a {type(x).__name__}, but must be an array or a pytree of arrays")
+            raise TypeError(f"{name}: x holds a {type(x).__name__}, but must be an array or a pytree of arrays")
     places = [i for i, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), np.inexact)]
     for i, x in zip(places, fn([jnp.asarray(leaves[i]) for i in places]), strict=True):
         leaves[i] = x

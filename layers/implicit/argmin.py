@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.core import checks
 from layers.implicit.linear import LinearSystem
 from layers.implicit.minimizers import LBFGS, NewtonCG
-from layers.implicit.options import checked, forward_solver, linear_system
+from layers.implicit.options import read
 from layers.implicit.rule import Convergence, Equation, ImplicitFunction
 from layers.implicit.solvers import Iteration
 from layers.implicit.traced import trace_scalar
@@ -65,8 +66,8 @@ def argmin(
             itself.
         x0: where the solver starts: real arrays or a pytree of them.
         *args: further arguments of f.
-        solver: "newton" (with conjugate gradients and halved steps), "lbfgs" (of optax), one of `NewtonCG`, `LBFGS`, or a solver object of
-            optimistix, a minimiser or a root finder.
+        solver: "newton" (with conjugate gradients) or "lbfgs", both with steps halved until f is finite and falls; one of `NewtonCG`, `LBFGS`,
+            or a solver object of optimistix, a minimiser or a root finder.
         tol: the solver stops where rms(∇f(x)) ≤ tol (1 + rms(x)). By default eps^(3/4) of the dtype of x, 6e-6 for float32; in half precision
             2 eps, 0.002 for float16 and 0.016 for bfloat16.
         max_steps: the most steps of the solver.
@@ -86,13 +87,22 @@ def argmin(
 
     Reference: Blondel et al., "Efficient and Modular Implicit Differentiation", 2022.
     """
-    checked("argmin", tol=tol, max_steps=max_steps, backward_tol=backward_tol, backward_steps=backward_steps)
-    traced = trace_scalar("argmin", f, x0, args)
+    options = read(
+        "argmin",
+        SOLVERS,
+        solver=solver,
+        tol=tol,
+        max_steps=max_steps,
+        backward=backward,
+        backward_tol=backward_tol,
+        backward_steps=backward_steps,
+        throw=throw,
+    )
+    traced = trace_scalar("argmin", checks.function("argmin", "f", f), x0, args)
     if any(jnp.iscomplexobj(x) for x in traced.x):
         raise TypeError("argmin: x0 is complex, but must be real; minimise over its real and imaginary part")
-    linear = linear_system("argmin", backward, backward_tol, backward_steps, throw)
-    chosen = forward_solver("argmin", solver, SOLVERS)
     objective = lambda x, theta: traced.call(x, theta)[0]
-    equation = Equation("argmin", jax.grad(objective), False, chosen, linear, tol, max_steps, throw, objective)
+    slope = jax.grad(objective)
+    equation = Equation("argmin", slope, False, options.solver, options.linear, options.tol, options.max_steps, options.throw, objective)
     x, convergence = ArgminFunction.apply(equation, traced.x, traced.theta)
     return traced.structure.unflatten(x), convergence

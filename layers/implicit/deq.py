@@ -19,7 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.implicit.fixed_point import fixed_point
+from layers.core import checks
+from layers.core.context import is_array
+from layers.implicit.fixed_point import SOLVERS, solve_fixed_point
+from layers.implicit.options import read
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,12 @@ class DEQ(nnx.Module):
         backward_steps: int | None = None,
         throw: bool = False,
     ):
-        self.layer = layer
+        self.layer = checks.function("DEQ", "layer", layer)
         self.options = _Options(solver, tol, max_steps, backward, backward_tol, backward_steps, throw)
+        read("DEQ", SOLVERS, series=True, **self._given())
+
+    def _given(self) -> dict[str, Any]:
+        return {key: getattr(self.options, key) for key in self.options.__dataclass_fields__}
 
     def __call__(self, x: Any, z0: Any = None, *, return_convergence: bool = False) -> Any:
         """The fixed point.
@@ -71,23 +78,41 @@ class DEQ(nnx.Module):
             z0: where the solver starts, of the shape of z; zeros of the shape of `x` by default.
             return_convergence: returns `(z, convergence)`.
         """
+        return_convergence = checks.flag("DEQ", "return_convergence", return_convergence)
+        _check_arrays(*(("x", x) if z0 is None else ("z0", z0)))
         z0 = jax.tree.map(jnp.zeros_like, x) if z0 is None else z0
-        options = {key: getattr(self.options, key) for key in self.options.__dataclass_fields__}
         drawn: set[int] = set()
 
         def f(z: Any, layer: Any, x: Any) -> Any:
             streams = _streams(layer)
             before = [m.count.get_value() for m in streams]
-            out = layer(z, x)
+            out = _called(layer, z, x)
             drawn.update(i for i, (m, count) in enumerate(zip(streams, before, strict=True)) if m.count.get_value() is not count)
             return out
 
-        z, convergence = fixed_point(f, z0, self.layer, x, **options)
+        z, convergence = solve_fixed_point("DEQ", f, z0, (self.layer, x), **self._given())
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "convergence", convergence)
         for stream in {id(m): m for i, m in enumerate(_streams(self.layer)) if i in drawn}.values():
             stream()  # the layer drew in a copy: move on, so that the next call has other noise
         return (z, convergence) if return_convergence else z
+
+
+def _check_arrays(what: str, tree: Any) -> None:
+    leaves = jax.tree.leaves(tree)
+    if not leaves or not all(is_array(leaf) or isinstance(leaf, (float, complex)) for leaf in leaves):
+        raise TypeError(f"DEQ: {what} is {checks.shown(tree)}, but must be an array or a pytree of arrays")
+
+
+def _called(layer: Callable[..., Any], z: Any, x: Any) -> Any:
+    """What the layer returns; where it refuses its arguments, an error that says what these were."""
+    try:
+        return layer(z, x)
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError):
+            raise
+        shapes = ", ".join(f"{name} of {jax.tree.map(jnp.shape, tree)}" for name, tree in (("z", z), ("x", x)))
+        raise type(error)(f"DEQ: layer fails for {shapes}: {error}") from error
 
 
 def _streams(layer: Any) -> list[nnx.RngStream]:

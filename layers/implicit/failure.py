@@ -32,11 +32,18 @@ def raise_unless(converged: Any, x: Vector, what: str, advice: str, tol: float, 
         if bad.any():
             worst, most = (np.broadcast_to(np.asarray(a), bad.shape)[bad].max() for a in (residual, steps))
             raise ConvergenceError(
-                f"{what}: residual {worst:.3g} after {most} steps, tolerance {tol:.3g}. {advice}; or give throw=False and look at the flag."
+                f"{what}: residual {worst:.3g} after {most} steps, tolerance {tol:.3g}{_cause(worst, tol)}. {advice}; "
+                "or give throw=False and look at the flag."
             )
         return np.asarray(converged)
 
     return _tied(check, converged, residual, steps, x)
+
+
+def _cause(residual: Any, tol: float) -> str:
+    if not np.isfinite(residual):
+        return ": x has left where f is finite, or started outside"
+    return ": it is small only because x has grown, there may be no solution" if residual <= tol else ""
 
 
 def _tied(check: Callable[..., Any], converged: Any, residual: Any, steps: Any, x: Vector) -> Vector:

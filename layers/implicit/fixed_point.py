@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.core import checks
 from layers.implicit.linear import LinearSystem
-from layers.implicit.options import checked, forward_solver, linear_system
+from layers.implicit.options import read
 from layers.implicit.rule import Convergence, Equation, ImplicitFunction
 from layers.implicit.solvers import Anderson, Broyden, Iteration, Newton
 from layers.implicit.traced import trace_map
@@ -85,10 +86,25 @@ def fixed_point(
 
     Reference: Bai, Kolter and Koltun, "Deep Equilibrium Models", 2019; Blondel et al., "Efficient and Modular Implicit Differentiation", 2022.
     """
-    checked("fixed_point", tol=tol, max_steps=max_steps, backward_tol=backward_tol, backward_steps=backward_steps)
-    traced = trace_map("fixed_point", f, x0, args)
-    linear = linear_system("fixed_point", backward, backward_tol, backward_steps, throw, series=True)
-    chosen = forward_solver("fixed_point", solver, SOLVERS)
-    equation = Equation("fixed_point", traced.call, True, chosen, linear, tol, max_steps, throw)
+    return solve_fixed_point(
+        "fixed_point",
+        f,
+        x0,
+        args,
+        solver=solver,
+        tol=tol,
+        max_steps=max_steps,
+        backward=backward,
+        backward_tol=backward_tol,
+        backward_steps=backward_steps,
+        throw=throw,
+    )
+
+
+def solve_fixed_point(who: str, f: Callable[..., Any], x0: Any, args: tuple[Any, ...], **given: Any) -> tuple[Any, Convergence]:
+    """`fixed_point` for `who`, which messages name."""
+    options = read(who, SOLVERS, series=True, **given)
+    traced = trace_map(who, checks.function(who, "f", f), x0, args)
+    equation = Equation(who, traced.call, True, options.solver, options.linear, options.tol, options.max_steps, options.throw)
     x, convergence = FixedPointFunction.apply(equation, traced.x, traced.theta)
     return traced.structure.unflatten(x), convergence

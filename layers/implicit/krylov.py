@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layers.core.lengths import length, power_of_two
 from layers.core.products import einsum
 from layers.implicit import vectors as v
 from layers.implicit.vectors import Map, Vector
@@ -70,9 +71,9 @@ class GMRES:
             w = a(v.take(basis, j))
             first = (jnp.zeros((), jnp.int32), w, jnp.zeros(m + 1, dtype))
             _, w, h = v.while_loop(lambda c: c[0] <= j, lambda c: _without(basis, *c), first)
-            length = jnp.sqrt(v.dot(w, w))
-            basis = v.put(basis, j + 1, v.times(1 / jnp.where(length > 0, length, 1), w))
-            column = einsum("ij,j->i", q, h.at[j + 1].set(length))
+            norm = length(w)
+            basis = v.put(basis, j + 1, v.times(1 / jnp.where(norm > 0, norm, 1), w))
+            column = einsum("ij,j->i", q, h.at[j + 1].set(norm))
             along, below = column[j], column[j + 1]
             hypotenuse = jnp.hypot(along, below)
             c, s = (jnp.where(hypotenuse > 0, z / jnp.where(hypotenuse > 0, hypotenuse, 1), o) for z, o in ((along, 1.0), (below, 0.0)))
@@ -116,3 +117,10 @@ class CG:
         go_on = lambda c: (jnp.sqrt(c[3] / v.size(b)) > tol) & c[4] & (c[5] < max_steps)
         x, _, _, square, _, steps = v.while_loop(go_on, body, start)
         return LinearSolved(x, jnp.sqrt(square / v.size(b)), steps)
+
+
+def solve_relative(method: Any, a: Map, b: Vector, tol: float, max_steps: int) -> Vector:
+    """An x with |b - A x| ≤ tol |b|. The method sees b divided by a power of two, so that it can square any finite one."""
+    size = v.rms(b)
+    scale = power_of_two(size)
+    return v.times(scale, method.solve(a, v.times(1 / scale, b), tol * (size / scale), max_steps).x)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from layers.core import compat
+from layers.core.lengths import power_of_two
 from layers.implicit import vectors as v
 from layers.implicit.failure import raise_unless
 from layers.implicit.krylov import CG, GMRES, LinearSolved
@@ -70,7 +70,7 @@ class LinearSystem:
         tol = _epsilon(dtypes) ** (2 / 3) if self.tol is None else self.tol
 
         def solve(complement: Map, a: Map, b: Vector) -> Vector:
-            scale = _power_of_two(v.rms(b))
+            scale = power_of_two(v.rms(b))
             x, residual, steps = self._unit(a, complement, v.times(1 / scale, b), tol)
             solved = residual <= tol
             if self.throw:
@@ -97,12 +97,6 @@ class LinearSystem:
 def _advice(method: Any) -> str:
     other = "keep more vectors, backward=GMRES(restart=...)" if isinstance(method, GMRES) else "take another method, such as backward='gmres'"
     return f"Allow more steps, backward_steps=..., or a larger residual, backward_tol=...; {other}"
-
-
-def _power_of_two(size: jax.Array) -> jax.Array:
-    """The largest power of 2 that is not above `size`, so that dividing by it rounds nothing; 1 for 0."""
-    usable = (size > 0) & jnp.isfinite(size)
-    return jnp.ldexp(jnp.ones_like(size), jnp.frexp(jnp.where(usable, size, 1))[1] - 1)
 
 
 def _complement(a: Map) -> Map:

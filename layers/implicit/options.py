@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from layers.core import checks
 from layers.implicit import linear, outside
 
+MOST_STEPS = "[1, 2147483647]"
+"""Steps that an int32 counts."""
 
-def checked(name: str, **options: Any) -> None:
-    """Raises ValueError for a tolerance that is negative or a number of steps that is not positive."""
-    for key, value in options.items():
-        if value is None:
-            continue
-        if key.endswith("tol") and not value >= 0:
-            raise ValueError(f"{name}: {key} is {value}, but must not be negative")
-        if key.endswith("steps") and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1):
-            raise ValueError(f"{name}: {key} is {value!r}, but must be a whole number of at least 1")
+
+@dataclass(frozen=True)
+class Options:
+    """What `fixed_point`, `root` and `argmin` are told beside the equation, as objects that solve."""
+
+    solver: Any
+    tol: float | None
+    max_steps: int
+    linear: linear.LinearSystem
+    throw: bool
+
+
+def read(
+    name: str,
+    solvers: Mapping[str, Any],
+    *,
+    solver: Any,
+    tol: Any,
+    max_steps: Any,
+    backward: Any,
+    backward_tol: Any,
+    backward_steps: Any,
+    throw: Any,
+    series: bool = False,
+) -> Options:
+    """The options, each of which is looked at; `series` says whether a few terms of a series will do for the linear systems."""
+    tol = checks.number(name, "tol", tol, "[0, inf)", optional=True)
+    max_steps = checks.integer(name, "max_steps", max_steps, MOST_STEPS)
+    backward_tol = checks.number(name, "backward_tol", backward_tol, "[0, inf)", optional=True)
+    backward_steps = checks.integer(name, "backward_steps", backward_steps, MOST_STEPS, optional=True)
+    throw = checks.flag(name, "throw", throw)
+    system = linear_system(name, backward, backward_tol, backward_steps, throw, series=series)
+    return Options(forward_solver(name, solver, solvers), tol, max_steps, system, throw)
 
 
 def forward_solver(name: str, solver: Any, known: Mapping[str, Any]) -> Any:

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.core import checks
 from layers.implicit.linear import LinearSystem
-from layers.implicit.options import checked, forward_solver, linear_system
+from layers.implicit.options import read
 from layers.implicit.rule import Convergence, Equation, ImplicitFunction
 from layers.implicit.solvers import Anderson, Broyden, Iteration, Newton
 from layers.implicit.traced import trace_map
@@ -85,9 +86,18 @@ def root(
 
     Reference: Blondel et al., "Efficient and Modular Implicit Differentiation", 2022.
     """
-    checked("root", tol=tol, max_steps=max_steps, backward_tol=backward_tol, backward_steps=backward_steps)
-    traced = trace_map("root", f, x0, args)
-    linear = linear_system("root", backward, backward_tol, backward_steps, throw)
-    equation = Equation("root", traced.call, False, forward_solver("root", solver, SOLVERS), linear, tol, max_steps, throw)
+    options = read(
+        "root",
+        SOLVERS,
+        solver=solver,
+        tol=tol,
+        max_steps=max_steps,
+        backward=backward,
+        backward_tol=backward_tol,
+        backward_steps=backward_steps,
+        throw=throw,
+    )
+    traced = trace_map("root", checks.function("root", "f", f), x0, args)
+    equation = Equation("root", traced.call, False, options.solver, options.linear, options.tol, options.max_steps, options.throw)
     x, convergence = RootFunction.apply(equation, traced.x, traced.theta)
     return traced.structure.unflatten(x), convergence

@@ -43,9 +43,10 @@ class Convergence(NamedTuple):
 
     Attributes:
         residual: the root mean square of F(x) divided by 1 plus that of x; what `tol` bounds. Both are taken over all entries of x, the whole
-            batch: one bad sample can hide among many good ones. `jax.vmap` over the samples solves and measures each for itself.
+            batch: one bad sample can hide among many good ones. `jax.vmap` over the samples solves and measures each for itself. NaN where x, F
+            or the objective is not finite there.
         iterations: the steps that the solver took.
-        converged: whether the residual is within `tol`.
+        converged: whether the residual is within `tol`, and for a root or a minimum not only because x has grown, as where there is none.
     """
 
     residual: Any
@@ -91,13 +92,19 @@ class Equation:
         x0 = compat.vary_like(widen(x0), lambda x: f(x, theta), theta)
         system = System(
             (lambda x: v.minus(f(x, theta), x)) if self.fixed else (lambda x: v.times(-1, f(x, theta))),
-            lambda x, r: v.rms(r) / (1 + v.rms(x)),
+            _measure,
             tol,
             self.max_steps,
             None if objective is None else lambda x: objective(cast(x, dtypes), theta),
         )
         x, error, steps = self.solver.solve(system, x0)
+        inside = v.rms(widen(cast(x, dtypes))) < jnp.inf
+        if system.objective is not None:
+            inside &= jnp.abs(system.objective(x)) < jnp.inf
+        error = jnp.where(inside, error, jnp.nan)
         converged = error <= tol
+        if not self.fixed:
+            converged &= ~system.ran_away(x0, x)
         if self.throw:
             x = raise_unless(converged, x, f"{self.name}: the solve did not converge", _advice(self.solver), tol, error, steps)
         return cast(x, dtypes), Convergence(error, steps, converged)
@@ -107,6 +114,12 @@ class Equation:
         if self.fixed:
             return self.linear.solve(lambda a: v.minus(a, slope(a)), b, dtypes, complement=slope)
         return v.times(-1, self.linear.solve(slope, b, dtypes))
+
+
+def _measure(x: Vector, r: Vector) -> jax.Array:
+    """rms(r) / (1 + rms(x)), NaN where x is not finite."""
+    size = v.rms(x)
+    return jnp.where(size < jnp.inf, v.rms(r) / (1 + size), jnp.nan)
 
 
 def _advice(solver: Any) -> str:
@@ -134,7 +147,7 @@ class ImplicitFunction(Function):
         moving, rebuild = floating(theta)
         pull = jax.vjp(lambda x, moving: equation.wide(dtypes)(x, rebuild(moving)), widen(x), moving)[1]
         adjoint = equation.linear_solve(lambda a: pull(a)[0], widen(dx), dtypes)
-        return None, None, rebuild(pull(adjoint)[1], None)
+        return None, None, rebuild(pull(adjoint)[1], None) if moving else None
 
     @staticmethod
     def jvp(ctx, _equation, _x0, dtheta):

@@ -5,6 +5,9 @@ A fixed point of f is a root of F(x) = f(x) - x. Iteration and Anderson go along
 References: Walker and Ni, "Anderson Acceleration for Fixed-Point Iterations", 2011 (type II, differences); Broyden, "A class of methods for
 solving nonlinear simultaneous equations", 1965, with the inverse Jacobian as a sum of rank-one terms; Knoll and Keyes, "Jacobian-free
 Newton-Krylov methods", 2004.
+
+A step may leave the domain of F, where F is not finite. Anderson and Broyden then go half of it, again and again, Newton shortens it until it stays
+inside; iteration goes no step but its own and ends. What is returned is an x at which F was finite, but for an x0 at which it is not.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from layers.core.lengths import power_of_two
 from layers.implicit import vectors as v
-from layers.implicit.krylov import GMRES
+from layers.implicit.krylov import GMRES, solve_relative
 from layers.implicit.vectors import Map, Vector
 
 
@@ -50,10 +54,25 @@ class System:
     def goes_on(self, residual: Any, steps: Any) -> Any:
         return (residual > self.tol) & (steps < self.max_steps)
 
+    def ran_away(self, x0: Vector, x: Vector) -> Any:
+        """Whether F(x) is small beside x only, since x has grown: not beside x0, nor as what a small change of x, √tol of it, does to F."""
+        r, turn = jax.jvp(self.residual, (x,), (x,))
+        size = v.rms(r)
+        return ~((size <= self.tol * (1 + v.rms(x0))) | (size <= self.tol**0.5 * v.rms(turn)))
+
+    def evaluate(self, x: Vector, residual: Any, steps: Any) -> tuple[Vector, Any, Any]:
+        """F(x), its size, and how far off x is: where F is not finite, that of before; NaN, which ends a loop, where there is none."""
+        r = self.residual(x)
+        size = v.rms(r)
+        return r, size, jnp.where(size < jnp.inf, self.measure(x, r), jnp.where(steps > 0, residual, jnp.nan))
+
 
 @dataclass(frozen=True)
 class Iteration:
-    """x ← x + F(x): for a fixed point, f again and again. Holds two vectors. It stops at the x that it measured, not one step on."""
+    """x ← x + F(x): for a fixed point, f again and again. Holds two vectors. It stops at the x that it measured, not one step on.
+
+    A step that leaves the domain of f ends it.
+    """
 
     def solve(self, system: System, x: Vector) -> Solved:
         def body(carry: Any) -> Any:
@@ -63,6 +82,32 @@ class Iteration:
             return v.choose(system.goes_on(residual, steps), v.plus(x, r), x), residual, steps
 
         return Solved(*v.while_loop(lambda c: system.goes_on(*c[1:]), body, (x, *_nothing_yet(x))))
+
+
+class _Good(NamedTuple):
+    """The last point at which F is finite: x, F(x) and the root mean square of that, which is 0 as long as there is none."""
+
+    x: Vector
+    r: Vector
+    size: Any
+
+    @classmethod
+    def nowhere(cls, x: Vector) -> _Good:
+        return cls(x, v.times(0, x), jnp.zeros((), v.real_dtype(x)))
+
+    def to(self, x: Vector, r: Vector, size: Any) -> tuple[Vector, Vector]:
+        """How x and F differ there, by a power of two smaller, so that F can be squared; 0 where F is not finite, and where there is no self."""
+        usable = (self.size > 0) & (size < jnp.inf)
+        unit = 1 / power_of_two(jnp.maximum(size, self.size))
+        scaled = lambda new, old: [jnp.where(usable, (a - b) * unit, 0) for a, b in zip(new, old, strict=True)]
+        return scaled(x, self.x), scaled(r, self.r)
+
+    def then(self, after: Vector, x: Vector, r: Vector, size: Any) -> tuple[Vector, _Good]:
+        """The next x and the new self: if F is not finite at x, halfway back to self and self."""
+        inside = size < jnp.inf
+        halfway = [(a + b) / 2 for a, b in zip(x, self.x, strict=True)]
+        good = _Good(v.choose(inside, x, self.x), v.choose(inside, r, self.r), jnp.where(inside, size, self.size))
+        return v.choose(inside, after, halfway), good
 
 
 @dataclass(frozen=True)
@@ -82,22 +127,22 @@ class Anderson:
         ridge = 10 * m * float(jnp.finfo(dtype).eps)
 
         def body(carry: Any) -> Any:
-            x, x_before, r_before, xs, rs, gram, _, steps = carry
-            r = system.residual(x)
+            x, good, xs, rs, gram, residual, steps = carry
+            r, size, residual = system.evaluate(x, residual, steps)
+            dx, dr = good.to(x, r, size)
             slot = (steps - 1) % m
-            dx, dr = v.minus(x, x_before), v.choose(steps > 0, v.minus(r, r_before), v.times(0, r))
             xs, rs = v.put(xs, slot, dx), v.put(rs, slot, dr)
             row = v.dots(rs, dr)
             gram = gram.at[slot].set(row).at[:, slot].set(row)
             weights = _least_squares(gram, v.dots(rs, r), ridge)
             along, back = v.combine(weights, xs), v.combine(weights, rs)
             after = [a + self.mixing * (b - d) - c for a, b, c, d in zip(x, r, along, back, strict=True)]
-            return after, x, r, xs, rs, gram, system.measure(x, r), steps + 1
+            return *good.then(after, x, r, size), xs, rs, gram, residual, steps + 1
 
         empty = v.stack_of_zeros(m, x)
-        start = (x, x, v.times(0, x), empty, empty, jnp.zeros((m, m), dtype), *_nothing_yet(x))
+        start = (x, _Good.nowhere(x), empty, empty, jnp.zeros((m, m), dtype), *_nothing_yet(x))
         out = v.while_loop(lambda c: system.goes_on(*c[-2:]), body, start)
-        return Solved(out[1], *out[-2:])
+        return Solved(out[1].x, *out[-2:])
 
 
 @dataclass(frozen=True)
@@ -110,28 +155,28 @@ class Broyden:
         m = self.memory
 
         def body(carry: Any) -> Any:
-            x, x_before, r_before, us, vs, _, steps = carry
-            r = system.residual(x)
-            dx, dr = v.minus(x, x_before), v.minus(r, r_before)
+            x, good, us, vs, residual, steps = carry
+            r, size, residual = system.evaluate(x, residual, steps)
+            dx, dr = good.to(x, r, size)
             moved = v.minus(v.combine(v.dots(vs, dr), us), dr)
             direction = v.minus(v.combine(v.dots(us, dx), vs), dx)
             pivot = v.dot(direction, dr)
-            usable = (steps > 0) & (pivot != 0)
+            usable = jnp.abs(pivot) > 0
             correction = v.times(jnp.where(usable, 1 / jnp.where(usable, pivot, 1), 0), v.minus(dx, moved))
             slot = (steps - 1) % m
             us, vs = v.put(us, slot, correction), v.put(vs, slot, direction)
             after = v.minus(v.plus(x, r), v.combine(v.dots(vs, r), us))
-            return after, x, r, us, vs, system.measure(x, r), steps + 1
+            return *good.then(after, x, r, size), us, vs, residual, steps + 1
 
         empty = v.stack_of_zeros(m, x)
-        start = (x, x, v.times(0, x), empty, empty, *_nothing_yet(x))
+        start = (x, _Good.nowhere(x), empty, empty, *_nothing_yet(x))
         out = v.while_loop(lambda c: system.goes_on(*c[-2:]), body, start)
-        return Solved(out[1], *out[-2:])
+        return Solved(out[1].x, *out[-2:])
 
 
 @dataclass(frozen=True)
 class Newton:
-    """Newton's method: each step by GMRES, halved until the residual falls. Counts Newton steps.
+    """Newton's method: each step by GMRES, halved until the residual falls. Counts Newton steps. It ends where no step stays in the domain of f.
 
     Attributes:
         restart: the steps after which GMRES starts again; None as in `GMRES`.
@@ -145,27 +190,51 @@ class Newton:
 
     def solve(self, system: System, x: Vector) -> Solved:
         def body(carry: Any) -> Any:
-            x, r, _, steps = carry
+            x, size, r, _, _, steps = carry
             slope = jax.linearize(system.residual, x)[1]
-            p = GMRES(self.restart).solve(lambda a: v.times(-1, slope(a)), r, self.linear_tol * v.rms(r), self.linear_steps).x
-            x, r = halve_until(x, p, lambda t, y, r_new: v.rms(r_new) > (1 - 1e-4 * t) * v.rms(r), system.residual)
-            return x, r, system.measure(x, r), steps + 1
+            p = solve_relative(GMRES(self.restart), lambda a: v.times(-1, slope(a)), r, self.linear_tol, self.linear_steps)
+            x, size, r, moved = shorten(x, p, size, r, lambda t, new: new <= (1 - 1e-4 * t) * size, evaluate)
+            return x, size, r, moved, system.measure(x, r), steps + 1
 
-        r = system.residual(x)
-        start = (x, r, system.measure(x, r), jnp.zeros((), jnp.int32))
-        out = v.while_loop(lambda c: system.goes_on(*c[-2:]), body, start)
+        def evaluate(x: Vector) -> tuple[Any, Vector]:
+            r = system.residual(x)
+            return v.rms(r), r
+
+        size, r = evaluate(x)
+        start = (x, size, r, size < jnp.inf, system.measure(x, r), jnp.zeros((), jnp.int32))
+        out = v.while_loop(lambda c: system.goes_on(*c[-2:]) & c[3], body, start)
         return Solved(out[0], *out[-2:])
 
 
-def halve_until(x: Vector, p: Vector, too_far: Callable[[Any, Vector, Any], Any], evaluate: Callable[[Vector], Any]) -> tuple[Vector, Any]:
-    """x + t p and its value, for the first t of 1, 1/2, ..., 1/1024 that is not too far; the last one else."""
+def shorten(
+    x: Vector, p: Vector, value: Any, more: Any, enough: Callable[[Any, Any], Any], evaluate: Callable[[Vector], tuple[Any, Any]]
+) -> tuple[Vector, Any, Any, Any]:
+    """A step along p: x + t p for the first t of 1, 1/2, ..., 1/1024 whose value is enough; the last of these else. Where that still is not finite
+    t goes on to half the epsilon of the dtype, and there is no step where no value is finite.
+
+    Args:
+        x, p: where the step starts, and the whole step.
+        value, more: what `evaluate` gives at x: a number, and anything computed with it.
+        enough: `(t, value) -> bool`, False for what is not a number.
+        evaluate: of a point.
+
+    Returns:
+        The point, its value and what came with it, and whether there was a step.
+    """
+    least = float(jnp.finfo(v.real_dtype(x)).eps) / 2
 
     def at(t: Any) -> Any:
-        y = v.plus(x, p, t)
-        return t, y, evaluate(y)
+        return t, *evaluate(v.plus(x, p, t))
 
-    go_on = lambda c: ~(~too_far(*c)) & (c[0] > 1e-3)
-    return v.while_loop(go_on, lambda c: at(c[0] / 2), at(jnp.ones((), v.real_dtype(x))))[1:]
+    def go_on(carry: Any) -> Any:
+        t, value, _ = carry
+        inside = jnp.abs(value) < jnp.inf
+        return ~(enough(t, value) & inside) & (t > jnp.where(inside, 1e-3, least))
+
+    t, new, with_it = v.while_loop(go_on, lambda c: at(c[0] / 2), at(jnp.ones((), v.real_dtype(x))))
+    moved = jnp.abs(new) < jnp.inf
+    keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(moved, x, y), a, b)
+    return v.choose(moved, v.plus(x, p, t), x), keep(new, value), keep(with_it, more), moved
 
 
 def _nothing_yet(x: Vector) -> tuple[jax.Array, jax.Array]:

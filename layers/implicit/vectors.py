@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from layers.core import compat
+from layers.core.lengths import scaled_squares
 from layers.core.zeros import explicit_sharding, lie_like
 
 Vector = list[jax.Array]
@@ -28,8 +29,9 @@ def dot(a: Sequence[Any], b: Sequence[Any]) -> jax.Array:
 
 
 def rms(a: Sequence[Any]) -> jax.Array:
-    """The root mean square of all entries."""
-    return jnp.sqrt(dot(a, a) / size(a))
+    """The root mean square of all entries, finite wherever they are."""
+    scale, squares = scaled_squares(a)
+    return scale * jnp.sqrt(squares / size(a))
 
 
 def size(a: Sequence[Any]) -> int:

@@ -22,6 +22,7 @@ from layers.norms.batch_norm import BatchNorm as _BatchNorm
 from layers.norms.group_norm import GroupNorm as _GroupNorm
 from layers.norms.layer_norm import LayerNorm as _LayerNorm
 from layers.norms.rms_norm import RMSNorm as _RMSNorm
+from layers.quantization.fp8_linear import Fp8Linear as _Fp8Linear
 from layers.quantization.int8_linear import Int8Linear as _Int8Linear
 from layers.quantization.vector_quantize import VectorQuantizer as _VectorQuantizer
 from layers.recurrent.gru import GRU as _GRU
@@ -31,6 +32,7 @@ from layers.recurrent.mamba import Mamba as _Mamba
 BatchNorm = derive(_BatchNorm)
 Dropout = derive(_Dropout)
 Embed = derive(_Embed)
+Fp8Linear = derive(_Fp8Linear)
 GRU = derive(_GRU)
 GatedMLP = derive(_GatedMLP)
 GroupNorm = derive(_GroupNorm)

@@ -1,6 +1,6 @@
 """The sign, with the clipped straight-through gradient.
 
-Forward   y = 1 where x >= 0, else -1
+Forward   y = 1 where x >= 0, -1 where x < 0
 Backward  dx = dy where |x| <= 1, else 0
 Saved     one bit an element, |x| <= 1, packed eight to a byte.
 
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from layers.core import checks
 from layers.core.bits import pack_bits, unpack_bits
-from layers.core.checks import check_floating
 from layers.core.function import Function
 
 
@@ -24,7 +24,7 @@ class BinarizeFunction(Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(pack_bits(jnp.abs(x) <= 1))
-        return jnp.where(x >= 0, 1, -1).astype(x.dtype)
+        return jnp.where(x >= 0, 1, jnp.where(x < 0, -1, x)).astype(x.dtype)  # NaN stays
 
     @staticmethod
     def backward(ctx, dy):
@@ -41,7 +41,7 @@ class BinarizeFunction(Function):
 
 
 def binarize(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The sign of `x`, 1 at 0; the gradient goes straight through where |x| <= 1 and is 0 elsewhere.
+    """The sign of `x`, 1 at 0 and NaN for NaN; the gradient goes straight through where |x| <= 1 and is 0 elsewhere.
 
     Keeps one bit an element for the backward pass.
 
@@ -50,6 +50,5 @@ def binarize(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     Reference: Hubara et al., "Binarized Neural Networks", 2016.
     """
-    x = jnp.asarray(x)
-    check_floating("binarize", x=x)
+    x = checks.array("binarize", "x", x)
     return BinarizeFunction.apply(x)

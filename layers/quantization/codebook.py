@@ -1,5 +1,6 @@
 """What vector quantisers share: the nearest code, the estimators of its gradient, sums for each code.
 
+Padding    A row that is masked out has the index -1: that alone is kept of a mask.
 Nearest    argmin_k |x - e_k|² = argmin_k |e_k|² - 2 x·e_k, for blocks of rows, so that the (rows, codes) matrix is never whole. Both are moved by
            the mean code first, so that codes that lie together far from the origin lose no digits; groups far from each other still do, in
            proportion to their distance. The mean is rounded to 8 bits: on a grid the differences stay exact, and so do ties.
@@ -12,17 +13,21 @@ Quantization with the Rotation Trick", 2024 (arXiv 2410.06424).
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from layers.core import checks
 from layers.core.blocks import block_size, by_device, map_blocks
-from layers.core.checks import check_floating
+from layers.core.lengths import row_lengths
 from layers.core.machine import choose
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.products import einsum
+from layers.core.rows import as_rows
 from layers.core.zeros import explicit_sharding
 
 GRADIENTS = ("straight_through", "rotation")
@@ -77,10 +82,10 @@ def pull_back(gradient: str, x: jax.Array, q: jax.Array, dy: jax.Array) -> jax.A
     dtype = wide(x.dtype)
     x, q, dy = (v.astype(dtype) for v in (x, q, dy))
     x, q = lax.stop_gradient((x, q))
-    length, size = _norm(x), _norm(q)
+    length, size = row_lengths(x), row_lengths(q)
     xhat, qhat = x * safe_reciprocal(length), q * safe_reciprocal(size)
     r = xhat + qhat
-    r = r * safe_reciprocal(_norm(r))
+    r = r * safe_reciprocal(row_lengths(r))
     turned = dy - 2 * r * (r * dy).sum(-1, keepdims=True) + 2 * xhat * (qhat * dy).sum(-1, keepdims=True)
     return jnp.where(length == 0, dy, size * safe_reciprocal(length) * turned)
 
@@ -95,25 +100,39 @@ def code_sums(rows: jax.Array, indices: jax.Array, count: int) -> jax.Array:
     return by_device(add, jnp.zeros((count, *rows.shape[1:]), wide(rows.dtype)), (rows, indices))[0]
 
 
-def mean_square(x: jax.Array) -> jax.Array:
-    """The mean of the squares of all entries, 0 where there are none."""
-    return jnp.square(x).sum() / entries(x)
+def mean_square(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """The mean of the squares of the rows of `x` that have an index, 0 where there are none; the other rows are 0."""
+    return jnp.square(x).sum() / entries(x, indices)
 
 
-def entries(x: jax.Array) -> jax.Array:
-    """The number of entries, at least 1, in float32 or wider; it may be symbolic (`jax.export`)."""
-    return jnp.maximum(jnp.asarray(x.size, wide(x.dtype)), 1)
+def entries(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """The number of entries of `x` in rows that have an index, at least 1, in float32 or wider; it may be symbolic (`jax.export`)."""
+    rows = (indices >= 0).sum(dtype=wide(x.dtype))
+    return jnp.maximum(rows * x.shape[-1], 1)
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    """The length of each row, without overflow or underflow of the squares."""
-    largest = jnp.abs(x).max(-1, keepdims=True, initial=0)
-    return largest * jnp.sqrt(jnp.square(x * safe_reciprocal(largest)).sum(-1, keepdims=True))
+def without_padding(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """The rows of `x`, (rows, features), that have an index, and 0 for the others, whatever they hold."""
+    return jnp.where(indices[:, None] >= 0, x, 0)
 
 
-def check_vectors(name: str, x: jax.Array, codebook: jax.Array, gradient: str) -> None:
-    """Raises what the public functions raise."""
-    check_floating(name, x=x, codebook=codebook)
+def nearest_but_padding(x: jax.Array, codebook: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`nearest`, and -1 for the rows that the mask, (rows,), leaves out."""
+    if mask is None:
+        return nearest(x, codebook)
+    return jnp.where(mask, nearest(jnp.where(mask[:, None], x, 0), codebook), -1)
+
+
+def mask_rows(name: str, mask: Any, x: jax.Array) -> jax.Array | None:
+    """The mask of the vectors of `x` as one axis of bool; None stays None."""
+    mask = checks.array(name, "mask", mask, "mask", optional=True)
+    checks.shape(name, "mask", mask, x.shape[:-1], "(*batch,)", x=x)
+    return None if mask is None else as_rows(mask[..., None] != 0)[:, 0]
+
+
+def check_codebook(name: str, codebook: Any, x: jax.Array) -> jax.Array:
+    """The codebook as an array (codes, features) whose features are those of `x`."""
+    codebook = checks.array(name, "codebook", codebook)
     if codebook.ndim != 2 or codebook.shape[0] == 0:
         raise ValueError(f"{name}: codebook has shape {codebook.shape}, but must be (codes, features) with at least one code")
     if x.ndim < 1 or x.shape[-1] != codebook.shape[1]:
@@ -121,5 +140,4 @@ def check_vectors(name: str, x: jax.Array, codebook: jax.Array, gradient: str) -
             f"{name}: codebook has shape {codebook.shape}, but its last axis must be that of x (x: {x.shape}); "
             "move the features of x to the end, jnp.moveaxis(x, axis, -1)"
         )
-    if gradient not in GRADIENTS:
-        raise ValueError(f"{name}: gradient is {gradient!r}, but must be one of {', '.join(GRADIENTS)}")
+    return codebook

@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.core.checks import check_floating
+from layers.core import checks
 from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.recompute import barrier
+from layers.quantization.scales import scale_to
 
 
 def _levels(bits: int, signed: bool) -> tuple[int, int]:
@@ -31,7 +32,9 @@ def _levels(bits: int, signed: bool) -> tuple[int, int]:
 
 
 def _quotient(x: jax.Array, step: jax.Array) -> jax.Array:
-    return x.astype(wide(x.dtype)) * safe_reciprocal(step.astype(wide(x.dtype)))
+    x, step = x.astype(wide(x.dtype)), step.astype(wide(x.dtype))
+    part = jnp.where(step > 1, 0.25, 1).astype(step.dtype)  # the reciprocal of the largest steps is subnormal, which XLA takes for 0
+    return (x * part) * safe_reciprocal(step * part)
 
 
 class FakeQuantizeFunction(Function):
@@ -84,7 +87,7 @@ def fake_quantize(
         x: values of any shape.
         step: the distance of the levels, a scalar, or a vector with one entry for each index of `axis`; it is differentiated (LSQ).
             None takes the absolute maximum over the highest level, without gradient.
-        bits: 2 or more for signed, 1 or more for unsigned levels.
+        bits: 2 to 32 for signed, 1 to 32 for unsigned levels.
         axis: the channel axis, with a step for each index; None for one step.
         signed: levels -2^(bits-1) to 2^(bits-1) - 1, else 0 to 2^bits - 1.
 
@@ -92,26 +95,23 @@ def fake_quantize(
         An array of the shape and dtype of `x`. A step of 0 gives zeros, and finite gradients.
 
     Raises:
-        TypeError: where `x` is not of a floating-point dtype.
-        ValueError: for too few bits, an `axis` that `x` has not, or a `step` of another shape.
+        TypeError: where `x` or `step` is not of a floating-point dtype, or an option not of its type.
+        ValueError: for too few or too many bits, an `axis` that `x` has not, or a `step` of another shape.
 
     Reference: Esser et al., "Learned Step Size Quantization", 2020.
     """
-    x = jnp.asarray(x)
-    check_floating("fake_quantize", x=x)
-    if bits < 1 + signed:
-        raise ValueError(f"fake_quantize: bits is {bits}, but must be at least {1 + signed} for {'signed' if signed else 'unsigned'} levels")
-    if axis is not None and not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"fake_quantize: axis is {axis}, but x has shape {x.shape}")
-    shape = () if axis is None else (x.shape[axis],)
-    if step is not None and jnp.shape(step) != shape:
-        raise ValueError(f"fake_quantize: step has shape {jnp.shape(step)}, but must have shape {shape} (x: {x.shape}, axis: {axis})")
+    x = checks.array("fake_quantize", "x", x)
+    step = checks.array("fake_quantize", "step", step, optional=True)
+    signed = checks.flag("fake_quantize", "signed", signed)
+    bits = checks.integer("fake_quantize", "bits", bits, "[2, 32]" if signed else "[1, 32]")
+    axis = checks.axis("fake_quantize", "axis", axis, x.ndim, optional=True)
+    checks.shape("fake_quantize", "step", step, () if axis is None else (x.shape[axis],), f"one for each index of axis {axis}", x=x)
     if not x.size:
         return x
-    spread = () if axis is None else tuple(-1 if i == axis % x.ndim else 1 for i in range(x.ndim))
+    spread = () if axis is None else tuple(-1 if i == axis else 1 for i in range(x.ndim))
     absmax = step is None
     if step is None:
-        others = tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)
+        others = tuple(i for i in range(x.ndim) if i != axis)
         high = _levels(bits, signed)[1]
-        step = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=others).astype(wide(x.dtype)) / high)
-    return FakeQuantizeFunction.apply(x, jnp.asarray(step).reshape(spread), bits, signed, absmax=absmax)
+        step = jax.lax.stop_gradient(scale_to(high, jnp.max(jnp.abs(x), axis=others).astype(wide(x.dtype))))
+    return FakeQuantizeFunction.apply(x, step.reshape(spread), bits, signed, absmax=absmax)

@@ -1,9 +1,12 @@
 """Finite scalar quantisation: each channel bounded and rounded to a few levels.
 
-    L odd:  h = (L - 1) (1 + eps) / 2,  o = 0;      L even: o = 1/2;      eps = min(1/1000, 1 / 2(L - 1)): b is never rounded beyond a level
-    b = h tanh(x + atanh(o / h)) - o,   q = round(b)
+    h = (L - 1) (1 + eps) / 2;   o = 0 for L odd, 1/2 for L even;   eps = min(1/1000, 1 / 2(L - 1)): b is never rounded beyond a level
+    t = tanh(x + s),   b = h t - o,   q = round(b)
 Forward   y = q / (L // 2)
-Backward  dx = dy h (1 - t^2) / (L // 2),   t = tanh(x + atanh(o / h))      (straight through the rounding)
+Backward  dx = dy h (1 - t^2) / (L // 2)      (straight through the rounding)
+
+The shift s = atanh(o / h) puts x = 0 on the level 0, which for L = 2 is the upper one: of normal x one in 10000 would take the lower. So for two
+levels s = 0, and they meet at x = 0.
 Saved     x.
 
 Reference: Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", 2023, appendix A.1.
@@ -18,20 +21,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from layers.core.checks import check_floating
+from layers.core import checks
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
+from layers.quantization.finite_scalar_codes import check_levels, index_of
 
 _EPSILON = 1e-3
 
 
 def _bounds(levels: tuple[int, ...], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Half width, offset and shift of each channel."""
+    """h, o and s of each channel."""
     count = np.asarray(levels)
     half = (count - 1) / 2 + np.minimum((count - 1) * _EPSILON / 2, 0.25)
     offset = np.where(count % 2 == 0, 0.5, 0.0)
-    return tuple(jnp.asarray(v, dtype) for v in (half, offset, np.arctanh(offset / half)))  # type: ignore[return-value]
+    shift = np.where(count == 2, 0.0, np.arctanh(offset / half))
+    return tuple(jnp.asarray(v, dtype) for v in (half, offset, shift))  # type: ignore[return-value]
 
 
 class FiniteScalarQuantizeFunction(Function):
@@ -68,7 +73,8 @@ def finite_scalar_quantize(x: Float[Array, "*batch channels"], levels: Sequence[
         levels: the number of levels of each channel, 2 or more; their product is the size of the codebook.
 
     Returns:
-        The quantised features, and the index of each vector in the codebook (int32, first channel fastest).
+        The quantised features, and the index of each vector in the codebook (int32, first channel fastest), as `finite_scalar_indices`
+        gives it; `finite_scalar_codes` goes back. A channel that is NaN stays NaN, and counts as level 0 in the index.
 
     Raises:
         ValueError: if `levels` has not one entry for each channel, an entry is below 2 or more than the dtype can tell apart, or the codebook
@@ -77,16 +83,9 @@ def finite_scalar_quantize(x: Float[Array, "*batch channels"], levels: Sequence[
 
     Reference: Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", 2023.
     """
-    x, levels = jnp.asarray(x), tuple(int(n) for n in levels)
-    check_floating("finite_scalar_quantize", x=x)
-    if x.ndim < 1 or x.shape[-1] != len(levels):
-        raise ValueError(f"finite_scalar_quantize: levels has {len(levels)} entries, but x has shape {x.shape}; give one for each channel")
-    if min(levels, default=2) < 2 or int(np.prod(levels, dtype=object)) > 2**31 - 1:
-        raise ValueError(f"finite_scalar_quantize: levels is {levels}, but each must be at least 2 and their product below 2**31")
+    x = checks.array("finite_scalar_quantize", "x", x)
+    levels = check_levels("finite_scalar_quantize", levels, x)
     if max(levels, default=2) // 2 * float(jnp.finfo(x.dtype).eps) > 1:
         raise ValueError(f"finite_scalar_quantize: {x.dtype} cannot tell {max(levels)} levels apart: cast x, x.astype('float32')")
     y = FiniteScalarQuantizeFunction.apply(x, levels)
-    half = np.asarray(levels) // 2
-    digits = jnp.round(jax.lax.stop_gradient(y).astype(jnp.float32) * half + half).astype(jnp.int32)
-    places = np.cumprod((1, *levels[:-1])).astype(np.int32)
-    return y, jnp.sum(digits * places, axis=-1, dtype=jnp.int32)
+    return y, index_of(jax.lax.stop_gradient(y), levels)

@@ -24,19 +24,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jax.export import is_symbolic_dim
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from layers.core.checks import check_floating
+from layers.core import checks
 from layers.core.function import Function, once_differentiable
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.products import matmul
 from layers.core.rows import as_rows
 from layers.core.zeros import explicit_sharding
+from layers.quantization.narrow_linear import NarrowLinear, check_linear, like_linear
+from layers.quantization.scales import rescaled, scale_to
 
 ROUNDINGS = ("nearest", "stochastic", "none")
 
@@ -51,7 +52,7 @@ class Int8LinearFunction(Function):
         qw, sw = _quantized(kernel, axis=0)
         ctx.save_for_backward(qx, sx, qw, sw)
         ctx.key, ctx.rounding, ctx.dtype = key, rounding, x.dtype
-        y = _product(qx, qw).astype(sx.dtype) * sx * sw
+        y = rescaled(_product(qx, qw), sx, sw)
         return (y if bias is None else y + bias.astype(y.dtype)).astype(x.dtype)
 
     @staticmethod
@@ -91,7 +92,7 @@ class Int8LinearFunction(Function):
 def _quantized(a: jax.Array, axis: int, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Integers in [-127, 127] and the scale along `axis`, 0 where all is 0; rounded at random with a key."""
     a = a.astype(wide(a.dtype))
-    scale = jnp.abs(a).max(axis, keepdims=True, initial=0) / 127
+    scale = scale_to(127, jnp.abs(a).max(axis, keepdims=True, initial=0))
     u = a * safe_reciprocal(scale)
     u = jnp.round(u) if key is None else jnp.floor(u + jax.random.uniform(key, u.shape, u.dtype))
     return jnp.clip(u, -127, 127).astype(jnp.int8), scale
@@ -156,28 +157,21 @@ def int8_linear(
 
     Reference: Xi et al., "Jetfire: Efficient and Accurate Transformer Pretraining with INT8 Data Flow", 2024.
     """
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
-    check_floating("int8_linear", x=x, kernel=kernel)
-    if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
-        raise ValueError(
-            f"int8_linear: kernel has shape {kernel.shape}, but must be (in_features, out_features) with the last axis of x (x: {x.shape})"
-        )
-    if bias is not None and jnp.shape(bias) != kernel.shape[1:]:
-        raise ValueError(f"int8_linear: bias has shape {jnp.shape(bias)}, but must have shape {kernel.shape[1:]} (kernel: {kernel.shape})")
-    if gradient_rounding not in ROUNDINGS:
-        raise ValueError(f"int8_linear: gradient_rounding is {gradient_rounding!r}, but must be one of {', '.join(ROUNDINGS)}")
-    if (gradient_rounding == "stochastic") != (key is not None):
+    return _linear("int8_linear", x, kernel, bias, gradient_rounding, key)
+
+
+def _linear(who: str, x: Any, kernel: Any, bias: Any, rounding: str, key: Any) -> jax.Array:
+    x, kernel, bias = check_linear(who, x, kernel, bias)
+    checks.choice(who, "gradient_rounding", rounding, ROUNDINGS)
+    key = checks.key(who, "key", key, optional=True)
+    if (rounding == "stochastic") != (key is not None):
         given = "no key is given" if key is None else "a key is given"
-        raise ValueError(f"int8_linear: gradient_rounding is {gradient_rounding!r} and {given}; rounding at random, and only that, takes a key")
-    rows = as_rows(x)
-    y = Int8LinearFunction.apply(rows, kernel, None if bias is None else jnp.asarray(bias), key, gradient_rounding)
+        raise ValueError(f"{who}: gradient_rounding is {rounding!r} and {given}; rounding at random, and only that, takes a key")
+    y = Int8LinearFunction.apply(as_rows(x), kernel, bias, key, rounding)
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
-_DEFAULTS: dict[str, Any] = {"precision": None, "dot_general": lax.dot_general, "preferred_element_type": None}
-
-
-class Int8Linear(nnx.Linear):
+class Int8Linear(NarrowLinear):
     """`flax.nnx.Linear`, the same in constructor and parameters, by `int8_linear`.
 
     Args:
@@ -189,16 +183,10 @@ class Int8Linear(nnx.Linear):
 
     gradient_rounding = "nearest"
 
-    def __init__(self, in_features: int, out_features: int, *, gradient_rounding: str = "nearest", rngs: nnx.Rngs, **options: Any):
-        super().__init__(in_features, out_features, rngs=rngs, **options)
-        for name in ("precision", "dot_general", "preferred_element_type"):
-            if name in options and options[name] is not _DEFAULTS[name]:
-                raise ValueError(f"Int8Linear: {name} is of no use, the products are of 8-bit integers; leave it out, or use Linear")
-        self.gradient_rounding = gradient_rounding
+    @like_linear
+    def __init__(self, *args: Any, gradient_rounding: str = "nearest", **options: Any):
+        self._check_and_make(args, options)
+        self.gradient_rounding = checks.choice("Int8Linear", "gradient_rounding", gradient_rounding, ROUNDINGS)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None, *, key: jax.Array | None = None) -> jax.Array:
-        if out_sharding is not None:
-            raise ValueError("Int8Linear: out_sharding is not served; use jax.sharding.reshard on the output")
-        bias = None if self.bias is None else self.bias[...]
-        inputs, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        return int8_linear(inputs, kernel, bias, gradient_rounding=self.gradient_rounding, key=key)
+        return _linear("Int8Linear", *self._operands(inputs, out_sharding), self.gradient_rounding, key)

@@ -19,46 +19,60 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from layers.core import checks
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
-from layers.quantization.codebook import check_vectors, code_sums, codes_at, entries, mean_square, nearest, pull_back
+from layers.quantization.codebook import (
+    GRADIENTS,
+    check_codebook,
+    code_sums,
+    codes_at,
+    entries,
+    mask_rows,
+    mean_square,
+    nearest_but_padding,
+    pull_back,
+    without_padding,
+)
 from layers.quantization.vector_quantize import QuantizationLosses
 
 
 class ResidualVectorQuantizeFunction(Function):
     @staticmethod
-    def forward(ctx, x, codebooks, gradient):
+    def forward(ctx, x, codebooks, gradient, mask=None):
         ctx.set_materialize_grads(False)
-        ctx.gradient = gradient
+        ctx.gradient, ctx.masked = gradient, mask is not None
         rest, indices, losses = x.astype(wide(x.dtype)), [], []
         for codebook in codebooks:
-            indices.append(nearest(rest, codebook))
-            rest = rest - codes_at(codebook, indices[-1]).astype(rest.dtype)
-            losses.append(mean_square(rest))
+            indices.append(nearest_but_padding(rest, codebook, mask))
+            rest = _kept(rest - codes_at(codebook, indices[-1]).astype(rest.dtype), indices[-1], ctx.masked)
+            losses.append(mean_square(rest, indices[-1]))
         chosen = jnp.stack(indices, -1)
         ctx.save_for_backward(x, codebooks, chosen)
-        return _total(codebooks, chosen, rest.dtype).astype(x.dtype), chosen, jnp.stack(losses), jnp.stack(losses)
+        total = _kept(_total(codebooks, chosen, rest.dtype), indices[-1], ctx.masked)
+        return total.astype(x.dtype), chosen, jnp.stack(losses), jnp.stack(losses)
 
     @staticmethod
     def backward(ctx, dy, _, dcodebook_losses, dcommitments):
         (x, codebooks, indices), (dy, dcodebook_losses, dcommitments) = barrier(ctx.saved_tensors, (dy, dcodebook_losses, dcommitments))
-        dtype, scale = wide(x.dtype), 2 / entries(x)
+        kept = lambda a: _kept(a, indices[:, 0], ctx.masked)
+        dtype, scale, x = wide(x.dtype), 2 / entries(x, indices[:, 0]), kept(x)
         dx = jnp.zeros(x.shape, dtype)
         if dy is not None and ctx.needs_input_grad[0]:
-            dx = pull_back(ctx.gradient, x, _total(codebooks, indices, dtype), dy).astype(dtype)
+            dx = pull_back(ctx.gradient, x, kept(_total(codebooks, indices, dtype)), kept(dy)).astype(dtype)
         hold, dcodebooks, before = lax.stop_gradient, [], x.astype(dtype)
         for j, codebook in enumerate(codebooks):
-            q = codes_at(codebook, indices[:, j]).astype(dtype)
+            q = kept(codes_at(codebook, indices[:, j]).astype(dtype))
             if dcodebook_losses is not None:
                 dcodebooks.append(code_sums(scale * dcodebook_losses[j] * (q - hold(before)), indices[:, j], codebook.shape[0]))
             before = before - hold(q)
             if dcommitments is not None:
                 dx = dx + scale * dcommitments[j] * before
-        return dx, tuple(dcodebooks) or None, None
+        return dx, tuple(dcodebooks) or None, None, None
 
     @staticmethod
     def surrogate(x, codebooks, gradient):
@@ -76,6 +90,10 @@ class ResidualVectorQuantizeFunction(Function):
         return x, tuple(codebooks), "straight_through"
 
 
+def _kept(a: jax.Array, indices: jax.Array, masked: bool) -> jax.Array:
+    return without_padding(a, indices) if masked else a
+
+
 def _total(codebooks: Sequence[jax.Array], indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The sum of the chosen codes."""
     return sum((codes_at(c, indices[:, j]).astype(dtype) for j, c in enumerate(codebooks)), jnp.zeros((), dtype))
@@ -85,6 +103,7 @@ def residual_vector_quantize(
     x: Float[Array, "*batch features"],
     codebooks: Sequence[Float[Array, "codes features"]] | Float[Array, "quantizers codes features"],
     *,
+    mask: Bool[Array, "*batch"] | None = None,
     gradient: str = "straight_through",
 ) -> tuple[Float[Array, "*batch features"], Int[Array, "*batch quantizers"], QuantizationLosses]:
     """Quantises each vector by a sum of codes, one of each codebook, each the nearest to what the ones before have left.
@@ -92,6 +111,7 @@ def residual_vector_quantize(
     Args:
         x: vectors.
         codebooks: one or more, in their order; they may differ in the number of codes. A stacked array where they do not.
+        mask: True for vectors, False for padding, as in `vector_quantize`.
         gradient: how the gradient of the sum comes back to `x`, as in `vector_quantize`.
 
     Returns:
@@ -104,11 +124,14 @@ def residual_vector_quantize(
 
     Reference: Zeghidour et al., "SoundStream: An End-to-End Neural Audio Codec", 2021, algorithm 1.
     """
-    x, books = jnp.asarray(x), tuple(jnp.asarray(c) for c in codebooks)
+    who = "residual_vector_quantize"
+    x = checks.array(who, "x", x)
+    if not isinstance(codebooks, (tuple, list)):
+        codebooks = checks.array(who, "codebooks", codebooks, ndim=3)
+    books = tuple(check_codebook(who, c, x) for c in codebooks)
     if not books:
-        raise ValueError("residual_vector_quantize: codebooks is empty, but there must be at least one codebook, (codes, features)")
-    for codebook in books:
-        check_vectors("residual_vector_quantize", x, codebook, gradient)
-    rows = as_rows(x)
-    y, indices, *losses = ResidualVectorQuantizeFunction.apply(rows, books, gradient)
+        raise ValueError(f"{who}: codebooks is empty, but there must be at least one codebook, (codes, features)")
+    checks.choice(who, "gradient", gradient, GRADIENTS)
+    mask = mask_rows(who, mask, x)
+    y, indices, *losses = ResidualVectorQuantizeFunction.apply(as_rows(x), books, gradient, mask)
     return y.reshape(x.shape), indices.reshape(*x.shape[:-1], len(books)), QuantizationLosses(*losses)

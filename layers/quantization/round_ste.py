@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.core.checks import check_floating
+from layers.core import checks
 from layers.core.function import Function
 
 
@@ -43,6 +43,5 @@ def round_ste(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     Reference: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
     """
-    x = jnp.asarray(x)
-    check_floating("round_ste", x=x)
+    x = checks.array("round_ste", "x", x)
     return RoundSteFunction.apply(x)

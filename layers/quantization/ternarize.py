@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.core.checks import check_floating
+from layers.core import checks
 from layers.core.function import Function
+from layers.core.lengths import divided, power_of_two
 from layers.core.numerics import safe_reciprocal, wide
 
 
@@ -25,9 +26,12 @@ class TernarizeFunction(Function):
     @staticmethod
     def forward(ctx, x, threshold, axes):
         size = jnp.abs(x).astype(wide(x.dtype))
-        kept = size > threshold * size.mean(axes, keepdims=True)
+        unit = power_of_two(size.max(axes, keepdims=True, initial=0))
+        size = divided(size, unit)  # so that the sums are finite
+        bound = threshold * size.mean(axes, keepdims=True)
+        kept = ~((size <= bound) & (bound < jnp.inf))  # what is not finite shows in all
         scale = jnp.where(kept, size, 0).sum(axes, keepdims=True) * safe_reciprocal(kept.sum(axes, keepdims=True).astype(size.dtype))
-        return (jnp.sign(x) * kept * scale).astype(x.dtype)
+        return (jnp.sign(x) * kept * (unit * scale)).astype(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
@@ -42,7 +46,7 @@ class TernarizeFunction(Function):
         return jax.random.normal(key, (3, 5), dtype), 0.7, (0,)
 
 
-def ternarize(x: Float[Array, "*shape"], *, threshold: float = 0.7, axis: int | None = None) -> Float[Array, "*shape"]:
+def ternarize(x: Float[Array, "*shape"], *, threshold: float | jax.Array = 0.7, axis: int | None = None) -> Float[Array, "*shape"]:
     """Maps every entry to -a, 0 or a; the gradient goes straight through.
 
     Args:
@@ -51,16 +55,13 @@ def ternarize(x: Float[Array, "*shape"], *, threshold: float = 0.7, axis: int | 
         axis: the channel axis, with a scale for each index; None for one scale.
 
     Raises:
-        ValueError: if `threshold` is negative or `axis` is not an axis of `x`.
-        TypeError: where `x` is not of a floating-point dtype.
+        ValueError: if `threshold` is not a finite number of at least 0, or `axis` is not an axis of `x`.
+        TypeError: where `x` is not of a floating-point dtype, or an option not of its type.
 
     Reference: Li & Liu, "Ternary Weight Networks", 2016.
     """
-    x = jnp.asarray(x)
-    check_floating("ternarize", x=x)
-    if threshold < 0:
-        raise ValueError(f"ternarize: threshold is {threshold}, but must not be negative")
-    if axis is not None and not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"ternarize: axis is {axis}, but x has shape {x.shape}")
-    axes = tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)
+    x = checks.array("ternarize", "x", x)
+    threshold = checks.number("ternarize", "threshold", threshold, "[0, inf)", traced=True)
+    axis = checks.axis("ternarize", "axis", axis, x.ndim, optional=True)
+    axes = tuple(i for i in range(x.ndim) if i != axis)
     return TernarizeFunction.apply(x, threshold, axes) if x.size else x

@@ -1,11 +1,12 @@
 """Vector quantisation: each vector replaced by the nearest one of a codebook.
 
-    i = argmin_k |x - e_k|²,   n = the number of entries of x
+    i = argmin_k |x - e_k|²,   n = the number of entries of x that are no padding
 Forward   q = e_i,   codebook loss = commitment loss = Σ |x - q|² / n
 Backward  dx = J dy + 2 dcommitment (x - q) / n,    J by the estimator: the identity (straight through), or the rotation that takes x to q
           de_k = Σ_{i = k} 2 dcodebook_loss (q - x) / n
 
 The codebook loss moves codes to the vectors that chose them, the commitment loss vectors to their codes; the codebook gets no gradient from q.
+Padding, which a mask leaves out, has i = -1 and q = 0, and is in no sum.
 Saved     x, the codebook and the indices; q is recomputed from the last two.
 
 Reference: van den Oord, Vinyals and Kavukcuoglu, "Neural Discrete Representation Learning", 2017; the rotation is that of Fifty et al.,
@@ -21,13 +22,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from layers.core import checks
 from layers.core.function import Function
-from layers.core.numerics import safe_reciprocal, wide
+from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
-from layers.quantization.codebook import check_vectors, code_sums, codes_at, entries, mean_square, nearest, pull_back
+from layers.quantization.codebook import (
+    GRADIENTS,
+    check_codebook,
+    code_sums,
+    codes_at,
+    entries,
+    mask_rows,
+    mean_square,
+    nearest_but_padding,
+    pull_back,
+    without_padding,
+)
+from layers.quantization.moving_codebook import MovingAverage
 
 _INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 """That of `nnx.Embed`."""
@@ -47,29 +61,30 @@ class QuantizationLosses(NamedTuple):
 
 class VectorQuantizeFunction(Function):
     @staticmethod
-    def forward(ctx, x, codebook, gradient):
+    def forward(ctx, x, codebook, gradient, mask=None):
         ctx.set_materialize_grads(False)
-        indices = nearest(x, codebook)
+        indices = nearest_but_padding(x, codebook, mask)
         ctx.save_for_backward(x, codebook, indices)
-        ctx.gradient = gradient
-        q = codes_at(codebook, indices)
-        loss = mean_square(_difference(x, q))
+        ctx.gradient, ctx.masked = gradient, mask is not None
+        x, q = _pairs(x, codebook, indices, ctx.masked)
+        loss = mean_square(_difference(x, q), indices)
         return q.astype(x.dtype), indices, loss, loss
 
     @staticmethod
     def backward(ctx, dy, _, dcodebook_loss, dcommitment):
         (x, codebook, indices), (dy, dcodebook_loss, dcommitment) = barrier(ctx.saved_tensors, (dy, dcodebook_loss, dcommitment))
-        q = codes_at(codebook, indices)
+        x, q = _pairs(x, codebook, indices, ctx.masked)
+        scale = 2 / entries(x, indices)
         distance = lax.stop_gradient(q)
         dx = dcodebook = None
         if ctx.needs_input_grad[0]:
-            dx = jnp.zeros_like(x) if dy is None else pull_back(ctx.gradient, x, q, dy)
+            dx = jnp.zeros_like(x) if dy is None else pull_back(ctx.gradient, x, q, without_padding(dy, indices) if ctx.masked else dy)
             if dcommitment is not None:
-                dx = dx + 2 / entries(x) * dcommitment * _difference(x, distance)
+                dx = dx + scale * dcommitment * _difference(x, distance)
         if ctx.needs_input_grad[1] and dcodebook_loss is not None:
-            dq = 2 / entries(x) * dcodebook_loss * _difference(q, lax.stop_gradient(x))
+            dq = scale * dcodebook_loss * _difference(q, lax.stop_gradient(x))
             dcodebook = code_sums(dq, indices, codebook.shape[0])
-        return dx, dcodebook, None
+        return dx, dcodebook, None, None
 
     @staticmethod
     def surrogate(x, codebook, gradient):
@@ -90,13 +105,23 @@ class VectorQuantizeFunction(Function):
         return jax.random.normal(first, (7, 3), dtype), jax.random.normal(second, (5, 3), dtype), "rotation"
 
 
+def _pairs(x: jax.Array, codebook: jax.Array, indices: jax.Array, masked: bool) -> tuple[jax.Array, jax.Array]:
+    """The vectors and their codes, 0 for padding."""
+    q = codes_at(codebook, indices)
+    return (without_padding(x, indices), without_padding(q, indices)) if masked else (x, q)
+
+
 def _difference(a: jax.Array, b: jax.Array) -> jax.Array:
     dtype = wide(jnp.promote_types(a.dtype, b.dtype))
     return a.astype(dtype) - b.astype(dtype)
 
 
 def vector_quantize(
-    x: Float[Array, "*batch features"], codebook: Float[Array, "codes features"], *, gradient: str = "straight_through"
+    x: Float[Array, "*batch features"],
+    codebook: Float[Array, "codes features"],
+    *,
+    mask: Bool[Array, "*batch"] | None = None,
+    gradient: str = "straight_through",
 ) -> tuple[Float[Array, "*batch features"], Int[Array, "*batch"], QuantizationLosses]:
     """Replaces each vector by the nearest one of the codebook, the first of several.
 
@@ -105,6 +130,8 @@ def vector_quantize(
     Args:
         x: vectors.
         codebook: the codes.
+        mask: True for vectors, False for padding, which may hold anything, NaN too: it comes back as 0 with the index -1, has no part in the
+            losses, and gets the gradient 0.
         gradient: how the gradient of the quantised vectors comes back to `x`: "straight_through", as it is; or "rotation", turned and
             scaled as the vector is to its code. The codebook gets no gradient from them.
 
@@ -120,10 +147,15 @@ def vector_quantize(
     Reference: van den Oord et al., "Neural Discrete Representation Learning", 2017; Fifty et al., "Restructuring Vector Quantization
     with the Rotation Trick", 2024.
     """
-    x, codebook = jnp.asarray(x), jnp.asarray(codebook)
-    check_vectors("vector_quantize", x, codebook, gradient)
-    rows = as_rows(x)
-    y, indices, *losses = VectorQuantizeFunction.apply(rows, codebook, gradient)
+    return _quantize("vector_quantize", x, codebook, mask, gradient)
+
+
+def _quantize(who: str, x: Any, codebook: Any, mask: Any, gradient: str) -> tuple[jax.Array, jax.Array, QuantizationLosses]:
+    x = checks.array(who, "x", x)
+    codebook = check_codebook(who, codebook, x)
+    checks.choice(who, "gradient", gradient, GRADIENTS)
+    mask = mask_rows(who, mask, x)
+    y, indices, *losses = VectorQuantizeFunction.apply(as_rows(x), codebook, gradient, mask)
     return y.reshape(x.shape), indices.reshape(x.shape[:-1]), QuantizationLosses(*losses)
 
 
@@ -131,13 +163,11 @@ class VectorQuantizer(nnx.Module):
     """A codebook of vectors, learned by gradient or as a moving average, and `vector_quantize` with it.
 
     In the call, `x` is (*batch, features); it returns the quantised vectors, the indices, and a loss to be added to the objective:
-    `codebook loss + commitment_weight * commitment loss`, without the first where the codebook is a moving average.
+    `codebook loss + commitment_weight * commitment loss`, without the first where the codebook is a moving average. A `mask` of the call,
+    (*batch,), False for padding, is that of `vector_quantize`; padding does not move the codebook.
 
-    With `ema=True` each call that is not deterministic moves the codebook: with n_k vectors of sum m_k nearest to code k,
-
-        N_k <- decay N_k + (1 - decay) n_k,   M_k <- decay M_k + (1 - decay) m_k,   e_k = M_k / Ñ_k,   Ñ_k = (N_k + epsilon) ΣN / (ΣN + K epsilon)
-
-    and a code with N_k below `threshold_ema_dead_code` becomes a vector of `x`, drawn from the stream `codebook` of `rngs`.
+    With `ema=True` each call that is not deterministic moves the codebook, by the formula of `moving_codebook.py`, and a code that has been chosen
+    less than `threshold_ema_dead_code` times in the mean becomes a vector of `x`, drawn from the stream `codebook` of `rngs`.
 
     Args:
         num_embeddings: the number of codes.
@@ -175,12 +205,23 @@ class VectorQuantizer(nnx.Module):
         axis_name: str | None = None,
         rngs: nnx.Rngs,
     ):
-        if not 0 <= decay <= 1:
-            raise ValueError(f"VectorQuantizer: decay is {decay}, but must lie in [0, 1]")
+        who = "VectorQuantizer"
+        num_embeddings = checks.integer(who, "num_embeddings", num_embeddings, "[1, 2147483647]")
+        features = checks.integer(who, "features", features, "[1, 2147483647]")
+        commitment_weight = checks.number(who, "commitment_weight", commitment_weight, "[0, inf)")
+        checks.choice(who, "gradient", gradient, GRADIENTS)
+        ema, deterministic = checks.flag(who, "ema", ema), checks.flag(who, "deterministic", deterministic)
+        decay = checks.number(who, "decay", decay, "[0, 1]")
+        epsilon = checks.number(who, "epsilon", epsilon, "[0, inf)")
+        threshold_ema_dead_code = checks.number(who, "threshold_ema_dead_code", threshold_ema_dead_code, "[0, inf)")
+        param_dtype = checks.dtype(who, "param_dtype", param_dtype, optional=False)
+        checks.function(who, "embedding_init", embedding_init)
+        if axis_name is not None and not isinstance(axis_name, (str, tuple)):
+            raise TypeError(f"{who}: axis_name is {checks.shown(axis_name)}, but must be the name of a mapped axis or None")
         if threshold_ema_dead_code and not ema:
             raise ValueError(f"VectorQuantizer: threshold_ema_dead_code is {threshold_ema_dead_code}, which needs ema=True")
         embedding = embedding_init(rngs.params(), (num_embeddings, features), param_dtype)
-        fresh = max(1.0, threshold_ema_dead_code)
+        fresh = MovingAverage(decay, epsilon, threshold_ema_dead_code, axis_name).fresh
         self.embedding = nnx.BatchStat(embedding) if ema else nnx.Param(embedding)
         self.cluster_size = nnx.BatchStat(jnp.full(num_embeddings, fresh, wide(param_dtype))) if ema else nnx.data(None)
         self.embedding_sum = nnx.BatchStat(fresh * embedding.astype(wide(param_dtype))) if ema else nnx.data(None)
@@ -191,41 +232,28 @@ class VectorQuantizer(nnx.Module):
         self.ema, self.decay, self.epsilon, self.threshold_ema_dead_code = ema, decay, epsilon, threshold_ema_dead_code
 
     def __call__(
-        self, x: Float[Array, "*batch features"], *, deterministic: bool | None = None
+        self, x: Float[Array, "*batch features"], *, mask: Bool[Array, "*batch"] | None = None, deterministic: bool | None = None
     ) -> tuple[Float[Array, "*batch features"], Int[Array, "*batch"], Float[Array, ""]]:
-        y, indices, losses = vector_quantize(x, self.embedding[...], gradient=self.gradient)
+        x = checks.array("VectorQuantizer", "x", x)
+        checks.flag("VectorQuantizer", "deterministic", deterministic, optional=True)
+        y, indices, losses = _quantize("VectorQuantizer", x, self.embedding[...], mask, self.gradient)
         if not self.ema:
             return y, indices, losses.codebook + self.commitment_weight * losses.commitment
         if not (self.deterministic if deterministic is None else deterministic) and indices.size:
-            self._move(lax.stop_gradient(x).reshape(-1, self.features), indices.reshape(-1))
+            self._move(lax.stop_gradient(x).reshape(-1, self.features), indices.reshape(-1), masked=mask is not None)
         return y, indices, self.commitment_weight * losses.commitment
 
-    def _move(self, rows: jax.Array, indices: jax.Array) -> None:
-        """One step of the moving average."""
+    def _move(self, rows: jax.Array, indices: jax.Array, *, masked: bool) -> None:
+        """One step of the moving average; none where all is padding."""
         assert self.cluster_size is not None and self.embedding_sum is not None
-        everywhere = (lambda a: a) if self.axis_name is None else lambda a: lax.psum(a, self.axis_name)
-        blend = lambda old, new: self.decay * old + (1 - self.decay) * everywhere(new).astype(old.dtype)
-        size = blend(self.cluster_size[...], code_sums(jnp.ones(indices.shape), indices, self.num_embeddings))
-        total = blend(self.embedding_sum[...], code_sums(rows, indices, self.num_embeddings))
-        if self.rngs is not None:
-            dead = size < self.threshold_ema_dead_code
-            drawn = self._draw(rows).astype(total.dtype)
-            fresh = max(1.0, self.threshold_ema_dead_code)  # as at the start, so that it stays alive while it is chosen
-            size, total = jnp.where(dead, fresh, size), jnp.where(dead[:, None], fresh * drawn, total)
-        smooth = (size + self.epsilon) * size.sum() * safe_reciprocal(size.sum() + self.num_embeddings * self.epsilon)
+        key = None if self.rngs is None else self.rngs()
+        size, total = self._average.step(self.cluster_size[...], self.embedding_sum[...], rows, indices, key, masked=masked)
         self.cluster_size[...], self.embedding_sum[...] = size, total
-        self.embedding[...] = (total * safe_reciprocal(smooth)[:, None]).astype(self.param_dtype)
+        self.embedding[...] = self._average.codes(size, total).astype(self.param_dtype)
 
-    def _draw(self, rows: jax.Array) -> jax.Array:
-        """A vector for each code, drawn from all along `axis_name`."""
-        assert self.rngs is not None
-        shards = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
-        places = jax.random.randint(self.rngs(), (self.num_embeddings,), 0, shards * len(rows))
-        drawn = rows[places % len(rows)]
-        if self.axis_name is None:
-            return drawn
-        here = places // len(rows) == lax.axis_index(self.axis_name)
-        return lax.psum(jnp.where(here[:, None], drawn, 0), self.axis_name)
+    @property
+    def _average(self) -> MovingAverage:
+        return MovingAverage(self.decay, self.epsilon, self.threshold_ema_dead_code, self.axis_name)
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Used by `nnx.view`."""

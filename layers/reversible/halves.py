@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from layers.core.closures import hoist, parts_of
@@ -77,13 +78,14 @@ def make_chain(
     _refuse_streams_of_keys(who, (args, kwargs))
     extra = {k: arrays.place(x) for k, x in enumerate(leaves) if is_array(x)}
     halves = []
-    for (places, call), (_, name), shape in zip(own, named, [x1.shape, x2.shape] * len(pairs), strict=True):
-        halves.append(Half(_with_extra(call, len(places), list(extra), leaves, tree, name, shape), (*places, *extra.values()), name))
+    for (places, call), (_, name), stream in zip(own, named, [x1, x2] * len(pairs), strict=True):
+        halves.append(Half(_with_extra(call, len(places), list(extra), leaves, tree, name, stream), (*places, *extra.values()), name))
     chain = Chain(tuple(zip(halves[::2], halves[1::2], strict=True)), streams, stacked, length)
     return chain, arrays
 
 
-def _with_extra(call: Call, count: int, slots: list[int], leaves: list[Any], tree: Any, name: str, shape: tuple[int, ...]) -> Any:
+def _with_extra(call: Call, count: int, slots: list[int], leaves: list[Any], tree: Any, name: str, stream: Any) -> Any:
+    shape, real = stream.shape, not jnp.iscomplexobj(stream)
     static = [None if is_array(x) else x for x in leaves]
 
     def with_extra(given: list[Any], x: Any) -> tuple[Any, list[Any]]:
@@ -96,6 +98,8 @@ def _with_extra(call: Call, count: int, slots: list[int], leaves: list[Any], tre
             raise TypeError(f"{name} returned a {type(out).__name__}, but must return one array of shape {shape}")
         if out.shape != shape or not is_inexact(out):
             raise ValueError(f"{name} returned {out.dtype}{out.shape}, but is added to a stream: it must return floats of shape {shape}")
+        if real and jnp.iscomplexobj(out):
+            raise TypeError(f"{name} returned {out.dtype}, but is added to a real stream: give complex streams, or what is real of it")
         return out, [*after, *given[count:]]
 
     return with_extra

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.core import compat
+from layers.core import checks, compat
 from layers.core.context import is_array
 from layers.core.function import Function
 from layers.core.trees import is_inexact
@@ -118,58 +118,52 @@ def reversible_coupling(
         TypeError: where f or g is no function, or is one that calls a module that changes its state; or x1 or x2 is not an array of
             floating-point dtype.
     """
-    fs, gs = ([h] if callable(h) else list(h) for h in (f, g))
+    who = "reversible_coupling"
+    fs, gs = (_functions(who, n, h) for n, h in (("f", f), ("g", g)))
     if len(fs) != len(gs):
-        raise ValueError(f"reversible_coupling: f is a sequence of {len(fs)} and g of {len(gs)}; give as many of both")
-    x1, x2 = (as_stream("reversible_coupling", n, x) for n, x in (("x1", x1), ("x2", x2)))
-    chain, arrays = make_chain(
-        "reversible_coupling",
-        list(zip(fs, gs, strict=True)),
-        x1,
-        x2,
-        args,
-        kwargs,
-        streams=make_streams("reversible_coupling", stream_dtype, exact, headroom),
-    )
+        raise ValueError(f"{who}: f is a sequence of {len(fs)} and g of {len(gs)}; give as many of both")
+    streams = make_streams(who, stream_dtype, exact, headroom)
+    x1, x2 = (as_stream(who, n, x, streams) for n, x in (("x1", x1), ("x2", x2)))
+    chain, arrays = make_chain(who, list(zip(fs, gs, strict=True)), x1, x2, args, kwargs, streams=streams)
     y1, y2, changed = ReversibleCouplingFunction.apply(chain, x1, x2, *arrays.values)
     arrays.write(changed)
     return y1, y2
 
 
-def as_stream(who: str, name: str, x: Any) -> jax.Array:
-    """`x` as an array.
+def _functions(who: str, what: str, h: Any) -> list[Callable[..., Any]]:
+    if callable(h):
+        return [h]
+    if not isinstance(h, (tuple, list)):
+        raise TypeError(f"{who}: {what} is {checks.shown(h)}, but must be a function or module, or a sequence of them")
+    return list(h)
+
+
+def as_stream(who: str, what: str, x: Any, streams: Streams) -> jax.Array:
+    """`x` as an array that these streams can carry.
 
     Raises:
-        TypeError: where it is not one, or not of a floating-point dtype.
+        TypeError: where it is not one, not of a floating-point dtype, or complex and the streams are real.
     """
-    x = as_array(who, name, x)
-    if not is_inexact(x):
-        raise TypeError(f"{who}: {name} is of dtype {x.dtype}, but must be of a floating-point dtype: cast it, {name}.astype('float32')")
-    return x
-
-
-def as_array(who: str, name: str, x: Any) -> jax.Array:
-    """`x`, or a number or what converts itself to an array, as an array.
-
-    Raises:
-        TypeError: for a dict, a list or any other object.
-    """
-    if not (is_array(x) or isinstance(x, (bool, int, float, complex)) or hasattr(x, "__jax_array__")):
+    if isinstance(x, dict) or (isinstance(x, (list, tuple)) and any(is_array(part) for part in x)):
         raise TypeError(
-            f"{who}: {name} is a {type(x).__name__}, but must be one array: concatenate the arrays of a pytree, jax.flatten_util.ravel_pytree"
+            f"{who}: {what} is a {type(x).__name__}, but must be one array: concatenate the arrays of a pytree, jax.flatten_util.ravel_pytree"
         )
-    return jnp.asarray(x)
+    x = checks.array(who, what, x, "inexact")
+    if jnp.iscomplexobj(x) and (streams.exact or streams.dtype is not None):
+        option = "exact=True" if streams.exact else f"stream_dtype={streams.dtype}"
+        raise TypeError(
+            f"{who}: {what} is of dtype {x.dtype}, but must be real with {option}: leave that out, or give real and imaginary part as two features"
+        )
+    return x
 
 
 def make_streams(who: str, dtype: Any, exact: bool, headroom: float) -> Streams:
     """The arithmetic of the streams.
 
     Raises:
-        ValueError: for a dtype that streams cannot have, and a headroom that leaves them too few bits.
+        TypeError: for an option of another type. ValueError: for a dtype that streams cannot have, and a headroom that leaves too few bits.
     """
-    dtype = None if dtype is None else jnp.dtype(dtype)
+    dtype, exact = checks.dtype(who, "stream_dtype", dtype, "number"), checks.flag(who, "exact", exact)
     if dtype is not None and (not jnp.issubdtype(dtype, jnp.floating) or (exact and dtype.itemsize < 4)):
         raise ValueError(f"{who}: stream_dtype is {dtype}, but must be {'float32 or float64' if exact else 'of floating point'}")
-    if not 1 <= headroom <= 2**16:
-        raise ValueError(f"{who}: headroom is {headroom}, but must lie in [1, 65536]; 256 suits most networks")
-    return Streams(dtype, exact, float(headroom))
+    return Streams(dtype, exact, checks.number(who, "headroom", headroom, "[1, 65536]"))

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.core import checks
 from layers.core.trees import is_inexact
 from layers.reversible.chain import Chain
 from layers.reversible.halves import Arrays, make_chain
-from layers.reversible.reversible_coupling import ReversibleCouplingFunction, as_array, as_stream, make_streams
+from layers.reversible.reversible_coupling import ReversibleCouplingFunction, as_stream, make_streams
 from layers.reversible.stacking import stacked
 
 Pair = tuple[nnx.Module, nnx.Module]
@@ -64,7 +65,8 @@ class ReversibleStack(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         pairs = _made(blocks, depth, rngs)
-        self.depth, self.scan, self.axis = len(pairs), scan and bool(pairs), axis
+        self.depth, self.axis = len(pairs), checks.integer("ReversibleStack", "axis", axis)
+        self.scan = checks.flag("ReversibleStack", "scan", scan) and bool(pairs)
         self.streams = make_streams("ReversibleStack", stream_dtype, exact, headroom)
         columns: list[list[Any]] = [list(column) for column in zip(*pairs, strict=True)] or [[], []]
         self.f, self.g = (_kept(c, self.scan) for c in columns)
@@ -101,14 +103,15 @@ class ReversibleStack(nnx.Module):
         return ReconstructionError(absolute, absolute / largest if largest else absolute)
 
     def _chain(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Chain, Arrays, tuple[jax.Array, jax.Array]]:
-        x1, x2 = (as_stream("ReversibleStack", "x", h) for h in (x if isinstance(x, tuple) else self._halved(x)))
+        halves = x if isinstance(x, tuple) and len(x) == 2 else self._halved(x)
+        x1, x2 = (as_stream("ReversibleStack", "x", h, self.streams) for h in halves)
         pairs: list[tuple[Any, Any]] = [(self.f, self.g)] if self.scan else list(zip(self.f, self.g, strict=True))
         length = self.depth if self.scan else None
         chain, arrays = make_chain("ReversibleStack", pairs, x1, x2, args, kwargs, streams=self.streams, length=length)
         return chain, arrays, (x1, x2)
 
     def _halved(self, x: Any) -> list[jax.Array]:
-        x = as_array("ReversibleStack", "x", x)
+        x = as_stream("ReversibleStack", "x", x, self.streams)
         if not -x.ndim <= self.axis < x.ndim or x.shape[self.axis] % 2:
             raise ValueError(
                 f"ReversibleStack: x has shape {x.shape}, which has no two halves along axis {self.axis}; make it even or give a tuple (x1, x2)"
@@ -117,10 +120,13 @@ class ReversibleStack(nnx.Module):
 
 
 def _made(blocks: Any, depth: int | None, rngs: nnx.Rngs | None) -> list[Pair]:
+    depth = checks.integer("ReversibleStack", "depth", depth, "[0, 1000000]", optional=True)
     if callable(blocks):
-        if depth is None or depth < 0 or rngs is None:
+        if depth is None or rngs is None:
             raise ValueError(f"ReversibleStack: blocks is a function, so give depth (now {depth}) and rngs (now {rngs})")
         blocks = [blocks(rngs) for _ in range(depth)]
+    elif isinstance(blocks, (str, bytes, dict)) or not hasattr(blocks, "__len__"):
+        raise TypeError(f"ReversibleStack: blocks is {checks.shown(blocks)}, but must be a sequence of pairs, or a function that makes one")
     elif depth not in (None, len(blocks)):
         raise ValueError(f"ReversibleStack: depth is {depth}, but there are {len(blocks)} blocks; leave depth out")
     for i, pair in enumerate(blocks):

@@ -56,12 +56,8 @@ class Streams:
         xs = tuple(x.astype(self.dtype or wide(x.dtype)) for x in xs)
         if not self.exact:
             return xs
-        if any(jnp.iscomplexobj(x) for x in xs):
-            raise TypeError(
-                "reversible_coupling: exact=True is for real streams, but these are complex: give real and imaginary part as two features"
-            )
-        step = _step(xs, self.headroom)
-        return tuple(_fixed_point(x, step.astype(x.dtype)) for x in xs)
+        exponent = _exponent(xs, self.headroom)
+        return tuple(_fixed_point(x, exponent) for x in xs)
 
     def read(self, stream: Any) -> jax.Array:
         """Its value."""
@@ -114,17 +110,20 @@ class ReadFunction(Function):
         return bits.astype(dtype) / 256, bits, jnp.asarray(2.0**-8, dtype)
 
 
-def _fixed_point(x: jax.Array, step: jax.Array) -> FixedPoint:
+def _fixed_point(x: jax.Array, exponent: jax.Array) -> FixedPoint:
+    """`x` with the step with which the integers reach 2^exponent, or with the least that is not subnormal."""
+    least = jnp.finfo(x.dtype).minexp
+    step = jnp.ldexp(jnp.ones((), x.dtype), jnp.maximum(exponent - (jnp.iinfo(_integers(x.dtype)).bits - 1), least))
     whole = jnp.round(lax.stop_gradient(x) / step)
     return FixedPoint(whole.astype(_integers(x.dtype)), step, _representable(whole, 0), x)
 
 
-def _step(xs: tuple[jax.Array, ...], headroom: float) -> jax.Array:
-    """The power of two with which the integers reach `headroom` times the largest magnitude in `xs`."""
+def _exponent(xs: tuple[jax.Array, ...], headroom: float) -> jax.Array:
+    """The least power of two above `headroom` times the largest magnitude in `xs`, as its exponent."""
     dtype = jnp.result_type(*xs)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(lax.stop_gradient(x).astype(dtype)), initial=0) for x in xs]))
-    largest = headroom * jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return jnp.ldexp(jnp.ones((), dtype), jnp.frexp(largest)[1] - (jnp.iinfo(_integers(dtype)).bits - 1))
+    mantissa, exponent = jnp.frexp(jnp.where((largest > 0) & (largest < jnp.inf), largest, 1))
+    return exponent + jnp.frexp(mantissa * headroom)[1]
 
 
 def _integers(dtype: Any) -> Any:

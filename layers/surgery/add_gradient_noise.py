@@ -15,11 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from layers.core import checks
 from layers.core.function import Function
-from layers.core.keys import as_key
 from layers.core.trees import map_floating_together
 
 
@@ -49,10 +47,9 @@ def add_gradient_noise(x: Any, key: jax.Array, *, stddev: float | jax.Array) -> 
         stddev: standard deviation of the noise, a number or scalar array, in the units of the gradient.
 
     Raises:
-        ValueError: if `stddev` is not a scalar, or a negative number.
-        TypeError: if `key` is no key.
+        ValueError: if `stddev` is not a scalar, or not a finite number of at least 0.
+        TypeError: if `stddev` is no number or `key` no key.
     """
-    if jnp.ndim(stddev) != 0 or (isinstance(stddev, (int, float, np.number)) and stddev < 0):
-        raise ValueError(f"add_gradient_noise: stddev is {stddev}, but must be a scalar that is not negative")
-    key = as_key("add_gradient_noise: key", key)
+    stddev = checks.number("add_gradient_noise", "stddev", stddev, "[0, inf)", traced=True)
+    key = checks.key("add_gradient_noise", "key", key)
     return map_floating_together("add_gradient_noise", lambda leaves: AddGradientNoiseFunction.apply(leaves, key, stddev), x)

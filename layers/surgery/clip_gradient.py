@@ -13,15 +13,15 @@ Reference: Pascanu et al., "On the difficulty of training recurrent neural netwo
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from layers.core import checks
 from layers.core.function import Function
-from layers.core.numerics import safe_reciprocal, wide
+from layers.core.lengths import divided, scaled_squares
+from layers.core.numerics import wide
 from layers.core.trees import map_floating_together
 
 
@@ -37,8 +37,7 @@ class ClipGradientFunction(Function):
         if ctx.max_value is not None:
             dx = [jnp.clip(d, -ctx.max_value, ctx.max_value) for d in dx]
         if ctx.max_norm is not None:
-            shrink = _shrink_to(ctx.max_norm, dx)
-            dx = [(d * shrink).astype(d.dtype) for d in dx]
+            dx = _clip_norm(ctx.max_norm, dx)
         return dx, None, None
 
     @staticmethod
@@ -46,31 +45,35 @@ class ClipGradientFunction(Function):
         return x_dot
 
 
-def _shrink_to(max_norm: Any, dx: list[Any]) -> jax.Array:
-    """min(1, max_norm / |dx|), where |dx| may be too large or too small to be squared."""
-    sizes = [jnp.abs(d).astype(wide(d.real.dtype)) for d in dx]
-    largest = functools.reduce(jnp.maximum, [jnp.max(s, initial=0) for s in sizes], jnp.zeros((), jnp.float32))
-    unit = safe_reciprocal(jnp.where(jnp.isfinite(largest), largest, 1))
-    norm = jnp.sqrt(sum((jnp.sum(jnp.square(s * unit)) for s in sizes), jnp.zeros(())))
-    return jnp.where(norm == 0, 1, jnp.minimum(1, max_norm * unit * safe_reciprocal(norm)))
+def _clip_norm(max_norm: Any, dx: list[Any]) -> list[Any]:
+    """dx min(1, max_norm / |dx|). Where |dx| is too large or too small for its dtype |dx / s| is not, with s a power of two."""
+    scale, squares = scaled_squares(dx)
+    norm = jnp.sqrt(squares)
+    inside = scale * norm <= max_norm
+    shrink = max_norm / jnp.where(inside, 1, norm)
+    return [jnp.where(inside, d, divided(d.astype(wide(d.dtype)), scale) * shrink).astype(d.dtype) for d in dx]
 
 
-def clip_gradient(x: Any, *, max_value: float | None = None, max_norm: float | None = None) -> Any:
+def clip_gradient(x: Any, *, max_value: float | jax.Array | None = None, max_norm: float | jax.Array | None = None) -> Any:
     """Returns `x`; its gradient comes back clipped.
 
     Args:
         x: an array or pytree of arrays, of any shape; integer leaves go through.
-        max_value: bound on the absolute value of each entry of the gradient.
+        max_value: bound on the absolute value of each entry of the gradient, a number or scalar array.
         max_norm: bound on the 2-norm of the gradient, over all leaves together, after `max_value`.
 
     Raises:
-        ValueError: if neither bound is given, or one is negative; TypeError: if `max_value` is given for complex arrays.
+        ValueError: if neither bound is given, or one is negative, NaN or no scalar; TypeError: if one is no number, or `max_value` is given for
+            complex arrays.
     """
     if max_value is None and max_norm is None:
         raise ValueError("clip_gradient: give max_value, max_norm or both")
-    for name, bound in (("max_value", max_value), ("max_norm", max_norm)):
-        if isinstance(bound, (int, float, np.number)) and bound < 0:
-            raise ValueError(f"clip_gradient: {name} is {bound}, but a bound must not be negative")
-    if max_value is not None and any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(x)):
-        raise TypeError("clip_gradient: max_value has no meaning for complex arrays; use max_norm")
-    return map_floating_together("clip_gradient", lambda leaves: ClipGradientFunction.apply(leaves, max_value, max_norm), x)
+    max_value = checks.number("clip_gradient", "max_value", max_value, "[0, inf]", traced=True, optional=True)
+    max_norm = checks.number("clip_gradient", "max_norm", max_norm, "[0, inf]", traced=True, optional=True)
+
+    def clip(leaves: list[Any]) -> list[Any]:
+        if max_value is not None and any(map(jnp.iscomplexobj, leaves)):
+            raise TypeError("clip_gradient: max_value has no meaning for x of complex arrays; use max_norm")
+        return ClipGradientFunction.apply(leaves, max_value, max_norm)
+
+    return map_floating_together("clip_gradient", clip, x)

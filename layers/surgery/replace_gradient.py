@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.core import checks
 from layers.core.context import is_array
 from layers.core.function import Function
 from layers.core.trees import is_inexact, kind_of
@@ -62,6 +63,9 @@ def replace_gradient(forward_fn: Callable[..., Any], backward_fn: Callable[..., 
         `(*args, **kwargs) -> forward_fn(*args, **kwargs)`, differentiable in every floating-point array of them. It raises ValueError where the two
         functions' results differ in structure, shape or dtype: a comparison, whose result is of bool, is cast to that of the slope.
     """
+
+    checks.function("replace_gradient", "forward_fn", forward_fn)
+    checks.function("replace_gradient", "backward_fn", backward_fn)
 
     @functools.wraps(forward_fn)
     def replaced(*args: Any, **kwargs: Any) -> Any:

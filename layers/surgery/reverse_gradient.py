@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from layers.core import checks
 from layers.core.function import Function
 from layers.core.trees import map_floating
 
@@ -47,10 +47,9 @@ def reverse_gradient(x: Any, *, scale: float | jax.Array = 1.0) -> Any:
         scale: a number or scalar array, which itself gets no gradient.
 
     Raises:
-        ValueError: if `scale` is not a scalar.
+        ValueError: if `scale` is not a scalar, or not finite; TypeError: if it is no real number.
 
     Reference: Ganin & Lempitsky, "Unsupervised Domain Adaptation by Backpropagation", 2015.
     """
-    if jnp.ndim(scale) != 0:
-        raise ValueError(f"reverse_gradient: scale has shape {jnp.shape(scale)}, but must be a scalar")
+    scale = checks.number("reverse_gradient", "scale", scale, traced=True)
     return map_floating("reverse_gradient", lambda leaf: ReverseGradientFunction.apply(leaf, scale), x)

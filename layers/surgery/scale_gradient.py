@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from layers.core import checks
 from layers.core.function import Function
 from layers.core.trees import map_floating
 
@@ -44,8 +44,7 @@ def scale_gradient(x: Any, scale: float | jax.Array) -> Any:
         scale: a number or scalar array, which itself gets no gradient.
 
     Raises:
-        ValueError: if `scale` is not a scalar.
+        ValueError: if `scale` is not a scalar, or not finite; TypeError: if it is no real number.
     """
-    if jnp.ndim(scale) != 0:
-        raise ValueError(f"scale_gradient: scale has shape {jnp.shape(scale)}, but must be a scalar")
+    scale = checks.number("scale_gradient", "scale", scale, traced=True)
     return map_floating("scale_gradient", lambda leaf: ScaleGradientFunction.apply(leaf, scale), x)

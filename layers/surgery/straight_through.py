@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from layers.core import checks
 from layers.core.function import Function
 from layers.core.trees import is_inexact, kind_of, map_floating
 
@@ -50,6 +51,8 @@ def straight_through(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     Returns:
         `x -> fn(x)`; the gradient of its result is returned for `x` as it is. It raises ValueError where `fn` changes structure, shape or dtype.
     """
+
+    checks.function("straight_through", "fn", fn)
 
     @functools.wraps(fn)
     def estimator(x: Any) -> Any:

@@ -148,3 +148,9 @@ def test_convergence_is_captured():
     deq = DEQ(Cell(4, 4, rngs=nnx.Rngs(0)))
     _, found = nnx.capture(nnx.Intermediate)(lambda deq, x: deq(x))(deq, jnp.ones((3, 4)))
     assert found["convergence"][0].converged
+
+
+@pytest.mark.parametrize("option", [{"solver": "zzz"}, {"backward": "zzz"}, {"tol": -1.0}, {"max_steps": 0}])
+def test_wrong_option_is_an_error_where_the_layer_is_made(option):
+    with pytest.raises(ValueError, match=f"DEQ: {next(iter(option))} is"):
+        DEQ(Cell(3, 3, rngs=nnx.Rngs(0)), **option)

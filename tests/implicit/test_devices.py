@@ -58,11 +58,23 @@ def test_leaves_that_devices_share_are_solved_beside_those_that_they_do_not():
     assert_trees_close((z, same), (jnp.tanh(z @ w) + u, shared(same.reshape(8, 3), w).reshape(-1)), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("solver", ["anderson", "broyden"])
-def test_batch_along_an_explicit_axis_has_the_values_and_gradients_of_one_device(solver):
+def least(z, w, u):
+    return jnp.sum((z - u) ** 2) + jnp.sum(jnp.cosh(z @ w))
+
+
+ALONG_AN_AXIS = {
+    "anderson": lambda w, u: fixed_point(lambda z: jnp.tanh(z @ w) + u, jnp.zeros(u.shape), solver="anderson", **TIGHT)[0],
+    "broyden": lambda w, u: fixed_point(lambda z: jnp.tanh(z @ w) + u, jnp.zeros(u.shape), solver="broyden", **TIGHT)[0],
+    "newton": lambda w, u: argmin(lambda z: least(z, w, u), jnp.zeros_like(u), **TIGHT)[0],
+    "lbfgs": lambda w, u: argmin(lambda z: least(z, w, u), jnp.zeros_like(u), solver="lbfgs", **TIGHT)[0],
+}
+
+
+@pytest.mark.parametrize("name", ALONG_AN_AXIS)
+def test_batch_along_an_explicit_axis_has_the_values_and_gradients_of_one_device(name):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.enable_x64(True):
         w, u = arguments()
-        run = jax.jit(both(lambda w, u: fixed_point(lambda z: jnp.tanh(z @ w) + u, jnp.zeros(u.shape), solver=solver, **TIGHT)[0]))
+        run = jax.jit(both(ALONG_AN_AXIS[name]))
         placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in ((w, P()), (u, P("data")))]
         assert_trees_close(jax.device_get(run(*placed)), jax.device_get(run(w, u)), rtol=1e-9, atol=1e-10)

@@ -459,9 +459,9 @@ def test_solvers_of_optimistix_and_lineax_are_taken():
         (lambda: fixed_point(lambda z: z, jnp.ones(3), backward="lu"), ValueError, "backward is 'lu', but must be one of 'gmres'"),
         (lambda: fixed_point(lambda z: z, jnp.ones(3), solver=object()), TypeError, "solver is a object, but must be a name"),
         (lambda: fixed_point(lambda z: z, jnp.ones(3), backward=3), TypeError, "backward is a int, but must be a name"),
-        (lambda: fixed_point(lambda z: z, jnp.ones(3), tol=-1.0), ValueError, "tol is -1.0, but must not be negative"),
+        (lambda: fixed_point(lambda z: z, jnp.ones(3), tol=-1.0), ValueError, "tol is -1.0, but must be a number of at least 0"),
         (lambda: fixed_point(lambda z: z, jnp.ones(3), max_steps=0), ValueError, "max_steps is 0, but must be a whole number"),
-        (lambda: fixed_point(lambda z: z, jnp.ones(3), max_steps=True), ValueError, "max_steps is True, but must be a whole number"),
+        (lambda: fixed_point(lambda z: z, jnp.ones(3), max_steps=True), TypeError, "max_steps is True, but must be a whole number"),
     ],
     ids=range(12),
 )

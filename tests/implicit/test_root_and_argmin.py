@@ -91,8 +91,6 @@ def test_second_derivative_of_a_root_is_right():
 
 @pytest.mark.parametrize("solver", ["newton", LBFGS(memory=4)], ids=str)
 def test_argmin_of_ridge_regression_is_the_closed_form(solver):
-    if solver != "newton":
-        pytest.importorskip("optax")
     with jax.enable_x64(True):
         x, y = data()
         lam = jnp.float64(3.0)
@@ -117,8 +115,6 @@ def test_second_derivative_of_an_argmin_is_right_through_a_closure():
 
 @pytest.mark.parametrize("solver", [NewtonCG(), LBFGS()], ids=str)
 def test_argmin_goes_down_a_curved_valley(solver):
-    if isinstance(solver, LBFGS):
-        pytest.importorskip("optax")
     with jax.enable_x64(True):
         rosenbrock = lambda x, a: jnp.sum((a - x[:-1]) ** 2 + 100 * (x[1:] - x[:-1] ** 2) ** 2)
         solve = lambda a: argmin(rosenbrock, jnp.array([-1.2, 1.0]), a, solver=solver)
@@ -168,8 +164,6 @@ def test_module_that_changes_its_state_may_be_f(solve):
 @pytest.mark.parametrize("solver", ["newton", "broyden", "anderson", "iteration", NewtonCG(), LBFGS()], ids=str)
 def test_residual_is_that_of_the_returned_x(solver, max_steps):
     least = isinstance(solver, (NewtonCG, LBFGS))
-    if isinstance(solver, LBFGS):
-        pytest.importorskip("optax")
     with jax.enable_x64(True):
         f = lambda x: jnp.sum(x**2 / 2 + jnp.cos(x) / 3 - x)
         solve = partial(argmin, f) if least else partial(root, jax.grad(f))

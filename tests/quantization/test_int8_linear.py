@@ -199,11 +199,13 @@ def test_module_rounds_at_random_with_a_key():
 
 BAD = [
     ((X, KERNEL.T), {}, ValueError, r"kernel has shape \(7, 40\)"),
-    ((X, KERNEL, BIAS[1:]), {}, ValueError, r"bias has shape \(6,\), but must have shape \(7,\)"),
+    ((X, KERNEL, BIAS[1:]), {}, ValueError, r"bias has shape \(6,\), but must be \(out_features,\) = \(7,\)"),
     ((X, KERNEL), {"gradient_rounding": "up"}, ValueError, "gradient_rounding is 'up'"),
     ((X, KERNEL), {"gradient_rounding": "stochastic"}, ValueError, "takes a key"),
     ((X, KERNEL), {"key": jax.random.key(0)}, ValueError, "takes a key"),
     ((X.astype(int), KERNEL), {}, TypeError, "x is of dtype int32"),
+    ((X, KERNEL, BIAS * 1j), {}, TypeError, "bias is of dtype complex64"),
+    ((X, KERNEL), {"key": "abc", "gradient_rounding": "stochastic"}, TypeError, "key is 'abc'"),
 ]
 
 

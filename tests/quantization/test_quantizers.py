@@ -149,9 +149,10 @@ def test_fsq_gradient_is_that_of_the_bound():
     [
         (lambda: layers.fake_quantize(X, bits=1), "bits is 1"),
         (lambda: layers.fake_quantize(X, axis=2), "axis is 2"),
-        (lambda: layers.fake_quantize(X, jnp.ones(2), axis=1), r"step has shape \(2,\), but must have shape \(3,\)"),
+        (lambda: layers.fake_quantize(X, jnp.ones(2), axis=1), r"step has shape \(2,\), but must be .* = \(3,\)"),
         (lambda: layers.ternarize(X, threshold=-1), "threshold"),
         (lambda: layers.ternarize(X, axis=5), "axis is 5"),
+        (lambda: layers.fake_quantize(X, bits=10**30), "bits is"),
         (lambda: layers.finite_scalar_quantize(X, (3, 3)), "2 entries"),
         (lambda: layers.finite_scalar_quantize(X, (3, 3, 1)), "at least 2"),
     ],
@@ -185,3 +186,75 @@ def test_finite_scalar_quantiser_stays_within_its_levels(levels):
     y, index = layers.finite_scalar_quantize(jnp.array([[-50.0], [50.0]], jnp.float32), (levels,))
     np.testing.assert_array_equal(index, [0, levels - 1])
     assert jnp.abs(y).max() <= 1
+
+
+def test_two_levels_are_taken_by_half_of_normal_inputs_each():
+    x = jax.random.normal(jax.random.key(0), (10000, 3))
+    y, index = layers.finite_scalar_quantize(x, (2, 2, 2))
+    np.testing.assert_array_equal(y, np.where(x > 0, 0, -1))
+    np.testing.assert_allclose(np.bincount(np.asarray(index), minlength=8), 1250, atol=200)
+
+
+def test_two_levels_have_the_slope_of_tanh_about_zero():
+    x, dy = jnp.array([[-1.0], [0.0], [2.0]]), jnp.array([[1.0], [2.0], [3.0]])
+    np.testing.assert_allclose(gradient(lambda x: layers.finite_scalar_quantize(x, (2,))[0], x, dy), dy * 0.5005 * (1 - jnp.tanh(x) ** 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [(2,), (3, 2), (8, 5, 3), (4, 7, 2, 5)])
+def test_indices_and_codes_of_the_grid_go_there_and_back(levels):
+    indices = jnp.arange(np.prod(levels))
+    codes = layers.finite_scalar_codes(indices, levels)
+    grid = itertools.product(*[(np.arange(n) - n // 2) / (n // 2) for n in reversed(levels)])
+    np.testing.assert_allclose(codes, np.array(list(grid))[:, ::-1], rtol=1e-6)
+    np.testing.assert_array_equal(layers.finite_scalar_indices(codes, levels), indices)
+
+
+def test_quantised_features_are_the_codes_of_their_indices():
+    x = 2 * jax.random.normal(jax.random.key(0), (4, 7, 3))
+    y, index = layers.finite_scalar_quantize(x, (8, 5, 2))
+    np.testing.assert_array_equal(y, layers.finite_scalar_codes(index, (8, 5, 2)))
+    np.testing.assert_array_equal(index, layers.finite_scalar_indices(y, (8, 5, 2)))
+
+
+SIZES = [3e38, 1e20, 1.0, 1e-20, 2e-36]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_quantisers_of_any_size_are_those_of_size_one(size):
+    x = jnp.array([[1.0, -0.7, 0.3, 0.1], [-0.5, 0.9, -0.2, 0.0]])
+    for fn, atol in ((layers.fake_quantize, 0.004), (layers.ternarize, 1e-6)):
+        np.testing.assert_allclose(np.asarray(fn(jnp.float32(size) * x), np.float64) / size, fn(x), atol=atol)
+        np.testing.assert_array_equal(gradient(fn, jnp.float32(size) * x, jnp.ones_like(x)), jnp.ones_like(x))
+
+
+@pytest.mark.parametrize("bits", [2, 6, 8, 12])
+def test_largest_number_there_is_stays_finite(bits):
+    largest = float(jnp.finfo(jnp.float32).max)
+    np.testing.assert_allclose(layers.fake_quantize(jnp.array([largest, -largest, 0.0]), bits=bits), [largest, -largest, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("name", ["ternarize", "fake_quantize"])
+def test_what_is_not_finite_shows_in_all_that_share_its_scale(name, bad):
+    y = getattr(layers, name)(jnp.array([[1.0, bad], [2.0, 3.0]]), axis=0)
+    assert not np.isfinite(y[0]).any() and np.isfinite(y[1]).all()
+
+
+def test_what_is_not_a_number_has_no_sign():
+    np.testing.assert_array_equal(layers.binarize(jnp.array([jnp.nan, jnp.inf, -jnp.inf, 0.0])), [jnp.nan, 1, -1, 1])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: layers.fake_quantize(X, bits=4.5),
+        lambda: layers.fake_quantize(X, signed="no"),
+        lambda: layers.fake_quantize(X, jnp.array(1j)),
+        lambda: layers.ternarize(X, axis=1.5),
+        lambda: layers.finite_scalar_quantize(X, "543"),
+        lambda: layers.finite_scalar_quantize(X, (5, 4.5, 3)),
+    ],
+)
+def test_options_of_another_type_are_errors(call):
+    with pytest.raises(TypeError, match=r"^(fake_quantize|ternarize|finite_scalar_quantize): \w+.* is .*, but must be"):
+        call()

@@ -369,3 +369,96 @@ def test_devices_with_an_axis_name_keep_the_codebook_of_the_whole_batch():
     assert len(kept[0]) == 3
     for ours, theirs in zip(*kept, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+# Padding
+
+MASK = jnp.array([[True, True, False, True], [False, True, False, False]])
+
+
+def padded(bad=jnp.nan):
+    """Vectors of which some are padding that holds anything, and the others alone."""
+    x = draw(0, 2, 4, 3)
+    return jnp.where(MASK[..., None], x, bad), x[MASK]
+
+
+PADDED = {
+    "straight through": lambda x, c, **o: vector_quantize(x, c, **o),
+    "rotation": lambda x, c, **o: vector_quantize(x, c, gradient="rotation", **o),
+    "residual": lambda x, c, **o: residual_vector_quantize(x, (c, c[:3] / 2), **o),
+    "residual rotation": lambda x, c, **o: residual_vector_quantize(x, (c, c[:3] / 2), gradient="rotation", **o),
+}
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 3e38])
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_is_never_touched(name, bad):
+    (x, real), codebook, fn = padded(bad), draw(1, 5, 3), PADDED[name]
+
+    def loss(x, c, **options):
+        y, indices, losses = fn(x, c, **options)
+        real = y[MASK] if options else y
+        return (jnp.sin(jnp.arange(real.size)).reshape(real.shape) * real).sum() + sum(jnp.sum(a) for a in losses), (y, indices, losses)
+
+    run = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    (value, (y, indices, losses)), (dx, dcodebook) = jax.jit(partial(run, mask=MASK))(x, codebook)
+    (expected, (y_real, indices_real, losses_real)), (dx_real, dcodebook_real) = jax.jit(run)(real, codebook)
+    assert_trees_close((value, y[MASK], losses), (expected, y_real, losses_real), rtol=1e-5)
+    assert_trees_close((dx[MASK], dcodebook), (dx_real, dcodebook_real), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(indices[MASK], indices_real)
+    assert not y[~MASK].any() and not dx[~MASK].any() and (indices[~MASK] == -1).all()
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_a_gradient_that_is_not_a_number_stops_at_padding(name):
+    x, codebook = padded(0.0)[0], draw(1, 5, 3)
+    dy = jnp.where(MASK[..., None], 1.0, jnp.nan)
+    dx = jax.vjp(lambda x: PADDED[name](x, codebook, mask=MASK)[0], x)[1](dy)[0]
+    assert jnp.isfinite(dx).all() and not dx[~MASK].any()
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_all_padding_is_zero(name):
+    y, indices, losses = PADDED[name](jnp.full((2, 3), jnp.nan), draw(1, 5, 3), mask=jnp.zeros(2, int))
+    assert not y.any() and (indices == -1).all() and not any(a.any() for a in losses)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_moving_average_is_that_of_the_vectors_without_their_padding(threshold):
+    x, real = padded()
+    make = lambda: VectorQuantizer(5, 3, ema=True, threshold_ema_dead_code=threshold, rngs=nnx.Rngs(0))
+    ours, theirs = make(), make()
+    for _ in range(2):
+        y, _, loss = nnx.jit(lambda m, x: m(x, mask=MASK))(ours, x)
+        y_real, _, loss_real = nnx.jit(lambda m, x: m(x))(theirs, real)
+        assert_trees_close((y[MASK], loss), (y_real, loss_real), rtol=1e-5)
+    assert_trees_close(nnx.to_pure_dict(nnx.state(ours, nnx.BatchStat)), nnx.to_pure_dict(nnx.state(theirs, nnx.BatchStat)), rtol=1e-5)
+    before = jnp.array(ours.embedding[...])
+    ours(x, mask=jnp.zeros_like(MASK))
+    np.testing.assert_array_equal(ours.embedding[...], before)
+
+
+@pytest.mark.parametrize("mask", [jnp.ones((2, 5), bool), jnp.ones((2, 4, 3), bool), jnp.ones(2, bool)])
+def test_mask_of_another_batch_is_an_error(mask):
+    with pytest.raises(ValueError, match=r"vector_quantize: mask has shape .*, but must be"):
+        vector_quantize(padded()[0], draw(1, 5, 3), mask=mask)
+
+
+def test_devices_with_padding_of_their_own_keep_the_codebook_of_all_vectors():
+    make = lambda axis=None: VectorQuantizer(6, 2, ema=True, threshold_ema_dead_code=2.0, axis_name=axis, rngs=nnx.Rngs(0))
+    x, whole = draw(3, 32, 2), make()
+    mask = jnp.arange(32) % 5 > 1
+    structure, state = nnx.split(make("rows"))
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=jax.sharding.Mesh(jax.devices(), ("rows",)), in_specs=(P(), P("rows"), P("rows")), out_specs=P())
+    def step(state, x, mask):
+        module = nnx.merge(structure, state)
+        module(x, mask=mask)
+        return nnx.state(module)
+
+    whole(x[mask])
+    state = step(state, jnp.where(mask[:, None], x, jnp.nan), mask)
+    kept = [jax.tree.leaves(nnx.filter_state(s, nnx.BatchStat)) for s in (state, nnx.state(whole))]
+    for ours, theirs in zip(*kept, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)

@@ -179,6 +179,12 @@ WRONG = {
     "dtype": (lambda: reversible_coupling(jnp.tanh, jnp.tanh, ONES.astype(int), ONES), TypeError, "x1 is of dtype int32"),
     "dict": (lambda: reversible_coupling(jnp.tanh, jnp.tanh, ONES, {"a": ONES}), TypeError, "x2 is a dict, but must be one array"),
     "stream dtype": (lambda: reversible_coupling(jnp.tanh, jnp.tanh, ONES, ONES, stream_dtype="int8"), ValueError, "stream_dtype is int8"),
+    "complex into real": (lambda: reversible_coupling(lambda x: x * 1j, jnp.tanh, ONES, ONES), TypeError, "f of coupling 0 returned complex64"),
+    "a real stream dtype of complex streams": (
+        lambda: reversible_coupling(jnp.tanh, jnp.tanh, ONES + 0j, ONES, stream_dtype=jnp.float32),
+        TypeError,
+        "x1 is of dtype complex64, but must be real",
+    ),
     "exact and complex": (lambda: reversible_coupling(jnp.tanh, jnp.tanh, ONES + 0j, ONES, exact=True), TypeError, "exact"),
 }
 
@@ -188,3 +194,15 @@ def test_wrong_input_is_an_error(name):
     call, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("size", [1e30, 1.0, 1e-30])
+def test_exact_streams_of_two_dtypes_and_any_size_are_undone(size):
+    with jax.enable_x64(True):
+        x1, x2 = size * draw(0, (4,), jnp.float32), size * draw(1, (4,), jnp.float64)
+        f, g = (lambda x: size * jnp.tanh(x / size)), (lambda x: size * jnp.sin(x / size))
+        run = lambda coupling: jax.grad(lambda x1, x2: sum(jnp.sum(y / size) for y in coupling(f, g, x1, x2)), (0, 1))(x1, x2)
+        for ours, theirs in zip(run(partial(reversible_coupling, exact=True)), run(plain_coupling), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        y1 = reversible_coupling(f, g, x1, x2, exact=True)[0]
+        np.testing.assert_allclose(y1 / size, (x1 + f(x2)) / size, rtol=1e-4, atol=1e-4)

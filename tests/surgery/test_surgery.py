@@ -143,10 +143,10 @@ def test_replaced_gradient_of_other_shapes_is_an_error():
     ("call", "message"),
     [
         (lambda: layers.clip_gradient(X), "max_value, max_norm"),
-        (lambda: layers.clip_gradient(X, max_norm=-1.0), "negative"),
-        (lambda: layers.reverse_gradient(X, scale=jnp.ones(3)), "scalar"),
-        (lambda: layers.scale_gradient(X, jnp.ones(3)), "scalar"),
-        (lambda: layers.add_gradient_noise(X, jax.random.key(0), stddev=-1.0), "negative"),
+        (lambda: layers.clip_gradient(X, max_norm=-1.0), "max_norm is -1.0, but must be a number in"),
+        (lambda: layers.reverse_gradient(X, scale=jnp.ones(3)), "must be a number"),
+        (lambda: layers.scale_gradient(X, jnp.ones(3)), "must be a number"),
+        (lambda: layers.add_gradient_noise(X, jax.random.key(0), stddev=-1.0), "of at least 0"),
     ],
 )
 def test_bad_options_are_errors(call, message):
@@ -155,7 +155,7 @@ def test_bad_options_are_errors(call, message):
 
 
 def test_a_leaf_that_is_no_array_is_an_error():
-    with pytest.raises(TypeError, match="reverse_gradient: the input holds a str"):
+    with pytest.raises(TypeError, match="reverse_gradient: x holds a str"):
         layers.reverse_gradient({"a": "text"})
 
 
@@ -165,14 +165,32 @@ def test_norm_of_a_gradient_that_cannot_be_squared_is_right(size):
     np.testing.assert_allclose(given, jnp.full(4, min(0.5, size)), rtol=1e-6)
 
 
-def test_negative_numpy_bounds_are_errors():
-    with pytest.raises(ValueError, match="must not be negative"):
-        layers.clip_gradient(jnp.ones(2), max_norm=np.float32(-1))
-    with pytest.raises(ValueError, match="not negative"):
-        layers.add_gradient_noise(jnp.ones(2), jax.random.key(0), stddev=np.float32(-1))
+@pytest.mark.parametrize("number", [np.float32(-1), jnp.float32(-1), jnp.nan])
+def test_negative_bounds_are_errors_whatever_holds_them(number):
+    for option in ("max_norm", "max_value"):
+        with pytest.raises(ValueError, match=f"clip_gradient: {option} is .*, but must be a number"):
+            layers.clip_gradient(jnp.ones(2), **{option: number})
+    with pytest.raises(ValueError, match=r"add_gradient_noise: stddev is .*, but must be a number"):
+        layers.add_gradient_noise(jnp.ones(2), jax.random.key(0), stddev=number)
+
+
+def test_scale_that_is_no_number_is_an_error_in_the_forward():
+    with pytest.raises(TypeError, match="scale_gradient: scale is 'abc', but must be a number"):
+        layers.scale_gradient(X, "abc")
 
 
 @pytest.mark.parametrize("step", [lambda x: x > 0, lambda x: (x > 0).astype(jnp.int32)])
 def test_step_without_a_floating_result_is_an_error(step):
     with pytest.raises(ValueError, match="cast what forward_fn returns"):
         layers.replace_gradient(step, jax.nn.sigmoid)(jnp.ones(2))
+
+
+@pytest.mark.parametrize("bound", [1e-6, 1.0, 1e30])
+@pytest.mark.parametrize("size", [3e38, 1e38, 1e20])
+def test_gradients_as_large_as_can_be_are_clipped(size, bound):
+    clip = jax.jit(lambda dy: gradient(lambda x: layers.clip_gradient(x, max_norm=bound), jnp.ones(4), dy))
+    np.testing.assert_allclose(clip(jnp.full(4, size, jnp.float32)), np.full(4, min(bound / 2, size)), rtol=1e-6)
+
+
+def test_gradient_that_is_not_a_number_is_not_taken_for_a_small_one():
+    assert np.isnan(gradient(lambda x: layers.clip_gradient(x, max_norm=1.0), jnp.ones(3), jnp.array([1.0, jnp.nan, 0.0]))).all()

@@ -7,6 +7,7 @@ from layers.tools.cases import (
     implicit,
     losses,
     mlp,
+    moe,
     norms,
     quantization,
     recurrent_cells,
@@ -15,6 +16,6 @@ from layers.tools.cases import (
 )
 from layers.tools.cases.case import Case
 
-_FAMILIES = (losses, attention, mlp, activations, norms, elementary, recurrent_cells, scans, reversible, implicit, quantization)
+_FAMILIES = (losses, attention, mlp, moe, activations, norms, elementary, recurrent_cells, scans, reversible, implicit, quantization)
 
 CASES: tuple[Case, ...] = tuple(case for family in _FAMILIES for case in family.CASES)

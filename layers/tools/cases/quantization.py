@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.quantization.fake_quantize import fake_quantize
+from layers.quantization.fp8_linear import fp8_linear
 from layers.quantization.int8_linear import int8_linear
 from layers.quantization.vector_quantize import vector_quantize
 from layers.tools.cases.case import Case, normal
@@ -56,6 +57,14 @@ CASES = (
         lambda: normal((8192, 512), (512, 2048)),
         lambda x, w: x @ w,
         int8_linear,
+        flops=6.0 * 8192 * 512 * 2048,
+    ),
+    Case(
+        "fp8_linear",
+        "8-bit floating-point linear, 8192 x 512 -> 2048",
+        lambda: normal((8192, 512), (512, 2048)),
+        lambda x, w: x @ w,
+        fp8_linear,
         flops=6.0 * 8192 * 512 * 2048,
     ),
     Case(

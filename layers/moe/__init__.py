@@ -1,0 +1,1 @@
+"""Layers of experts: products of rows with the kernel of their group."""
