@@ -3,49 +3,73 @@
 Forward   output = input weightᵀ + bias
 Backward  grad_input = grad_output weight,   grad_weight = grad_outputᵀ input,   grad_bias = Σ grad_output
 
-with the sum, and the contraction in grad_weight, over all leading axes.
-Saved     input and weight, which are alive anyway, each only where the gradient of the other is wanted.
+with the sum, and the contraction in grad_weight, over all leading axes. Flax's kernel is weightᵀ: each product contracts the other of its axes, so
+that what is given is never transposed, which would be one more array to keep.
+
+Saved     input and weight, which are alive anyway, each only where the gradient of the other is wanted; the input in the dtype of the products where
+          that is narrower, the weight always as it is given.
 
 Reference: the example of `torch.autograd.Function` in PyTorch's documentation, "Extending PyTorch".
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
+from jax import lax
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
+from layers.core.recompute import barrier
 from layers.core.zeros import explicit_sharding
 
 
 class LinearFunction(Function):
-    """`apply(input, weight, bias=None)` with PyTorch's weight, `(out_features, in_features)`."""
+    """`apply(input, weight, bias=None)` with PyTorch's weight, `(out_features, in_features)`.
+
+    `out_axis=1` takes Flax's kernel, `(in_features, out_features)`; `dtype` is that of the products, by default the common one.
+    """
 
     @staticmethod
-    def forward(ctx, input, weight, bias=None):
-        ctx.save_for_backward(input, weight, bias)
-        output = input @ weight.T
-        return output if bias is None else output + bias
+    def forward(ctx, input, weight, bias=None, *, out_axis=0, dtype=None):
+        given = [a for a in (input, weight, bias) if a is not None]
+        dtype = jnp.dtype(dtype or jnp.result_type(*given))
+        x = input.astype(dtype)
+        ctx.save_for_backward(x if dtype.itemsize < input.dtype.itemsize else input, weight)
+        ctx.out_axis, ctx.is_real = out_axis, [not jnp.iscomplexobj(a) for a in given]
+        output = _contract(x, weight.astype(dtype), (x.ndim - 1,), (1 - out_axis,))
+        return output if bias is None else output + bias.astype(dtype)
 
     @staticmethod
     def backward(ctx, grad_output):
-        input, weight, bias = ctx.saved_tensors
+        saved, dtype = ctx.saved_tensors, grad_output.dtype
+        if any(a.dtype != dtype for a in saved):  # or XLA would keep the cast of forward
+            saved, grad_output = barrier(saved, grad_output)
+        input, weight = (a.astype(dtype) for a in saved)
         leading = tuple(range(grad_output.ndim - 1))
-        grad_input = grad_weight = grad_bias = None
+        grads: list[Any] = [None] * len(ctx.is_real)
         if ctx.needs_input_grad[0]:
-            grad_input = grad_output @ weight
+            grads[0] = _contract(grad_output, weight, (grad_output.ndim - 1,), (ctx.out_axis,))
         if ctx.needs_input_grad[1]:
-            grad_weight = jnp.tensordot(grad_output, input, (leading, leading), out_sharding=explicit_sharding(weight))
-        if bias is not None and ctx.needs_input_grad[2]:
-            grad_bias = grad_output.sum(leading)
-        return (grad_input, grad_weight, grad_bias)[: len(ctx.needs_input_grad)]
+            pair = (grad_output, input) if ctx.out_axis == 0 else (input, grad_output)
+            grads[1] = _contract(*pair, leading, leading, explicit_sharding(weight))
+        if len(grads) > 2 and ctx.needs_input_grad[2]:
+            grads[2] = grad_output.sum(leading)
+        grads = [g.real if g is not None and real else g for g, real in zip(grads, ctx.is_real, strict=True)]
+        return *grads, *[None] * (3 - len(grads))
 
     @staticmethod
     def example(key, dtype):
         keys = jax.random.split(key, 3)
         return tuple(jax.random.normal(k, s, dtype) for k, s in zip(keys, ((5, 3), (4, 3), (4,)), strict=True))
+
+
+def _contract(x: jax.Array, y: jax.Array, x_axes: tuple[int, ...], y_axes: tuple[int, ...], out_sharding: Any = None) -> jax.Array:
+    return lax.dot_general(x, y, ((x_axes, y_axes), ((), ())), out_sharding=out_sharding)
 
 
 def linear(
@@ -72,10 +96,10 @@ def linear(
             f"linear: kernel has shape {kernel.shape}, but must be (in_features, out_features) with in_features the last axis of x (x: {x.shape})"
         )
     if bias is None:
-        return LinearFunction.apply(x, kernel.T)
+        return LinearFunction.apply(x, kernel, out_axis=1)
     if jnp.shape(bias) != kernel.shape[1:]:
         raise ValueError(f"linear: bias has shape {jnp.shape(bias)}, but must have shape {kernel.shape[1:]} (kernel: {kernel.shape})")
-    return LinearFunction.apply(x, kernel.T, jnp.asarray(bias))
+    return LinearFunction.apply(x, kernel, jnp.asarray(bias), out_axis=1)
 
 
 class Linear(nnx.Linear):
@@ -85,9 +109,11 @@ class Linear(nnx.Linear):
     """
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
-        own = self.dot_general is not jax.lax.dot_general or self.precision is not None or self.preferred_element_type is not None
+        own = self.dot_general is not lax.dot_general or self.precision is not None or self.preferred_element_type is not None
         if own or out_sharding is not None:
             return super().__call__(inputs, out_sharding=out_sharding)
-        bias = None if self.bias is None else self.bias[...]
-        inputs, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        return linear(inputs, kernel, bias)
+        arrays = jnp.asarray(inputs), self.kernel[...], None if self.bias is None else self.bias[...]
+        if self.promote_dtype is not dtypes.promote_dtype:
+            arrays = self.promote_dtype(arrays, dtype=self.dtype)
+        dtype = dtypes.canonicalize_dtype(*arrays, dtype=self.dtype)
+        return LinearFunction.apply(*arrays, out_axis=1, dtype=dtype)
