@@ -17,6 +17,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from layers.attention.dot_product_attention import dot_product_attention
+from layers.core.patched import products_are_patched
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
@@ -50,7 +51,7 @@ def attend(
     **others: Any,
 ) -> jax.Array:
     """`flax.nnx.dot_product_attention` by `layers.dot_product_attention`: an `attention_fn` for Flax's modules."""
-    if module is not None or (precision is not None and dropout_rate > 0):
+    if module is not None or (precision is not None and dropout_rate > 0) or products_are_patched():
         return nnx.dot_product_attention(
             query,
             key,

@@ -24,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
+from layers.core.patched import products_are_patched
 from layers.core.recompute import barrier
 from layers.core.zeros import explicit_sharding
 
@@ -110,7 +111,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         own = self.dot_general is not lax.dot_general or self.precision is not None or self.preferred_element_type is not None
-        if own or out_sharding is not None:
+        if own or out_sharding is not None or products_are_patched():
             return super().__call__(inputs, out_sharding=out_sharding)
         arrays = jnp.asarray(inputs), self.kernel[...], None if self.bias is None else self.bias[...]
         if self.promote_dtype is not dtypes.promote_dtype:

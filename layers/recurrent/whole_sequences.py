@@ -16,6 +16,8 @@ from flax.nnx.nn import dtypes
 from flax.nnx.nn.recurrent import flip_sequences
 from jax import lax
 
+from layers.core.patched import products_are_patched
+
 
 @dataclass(frozen=True)
 class KnownCell:
@@ -128,6 +130,8 @@ def _obstacle(rnn: Any, cells: dict[type, KnownCell]) -> str:
         return "its cell has products or promotions of its own"
     if rnn.broadcast_rngs is not None or rnn.state_axes != nnx.StateAxes({...: nnx.Carry}):
         return "it has state axes of its own"
+    if products_are_patched():
+        return "its products are taken over by another library"
     return ""
 
 
