@@ -1,10 +1,10 @@
 """A residual sum and its normalisation to mean 0 and variance 1, in one.
 
-    sum = x + residual,  x̂ = (sum - mean) rstd,  y = scale x̂ + bias,   mean and rstd = (var + epsilon)^-1/2 of each row
+    sum = x + residual,  x̂ = (sum - mean) / root,  y = scale x̂ + bias,   mean and root = (var + epsilon)^1/2 of each row
 
 With g = scale dy the cotangent of x̂, and dsum that of the sum itself:
 
-    dx = dresidual = dsum + rstd (g - mean(g) - x̂ mean(g x̂)),  dscale = Σ dy x̂,  dbias = Σ dy
+    dx = dresidual = dsum + (g - mean(g) - x̂ mean(g x̂)) / root,  dscale = Σ dy x̂,  dbias = Σ dy
 
 Saved: the sum, which the next residual sum needs anyway, scale and two float32 numbers a row. One array is the gradient of both summands.
 
@@ -14,14 +14,13 @@ Reference: Ba, Kiros and Hinton, "Layer Normalization", 2016; Dao, `layer_norm_f
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
-from layers.core.numerics import safe_rsqrt, wide
+from layers.core.numerics import wide
 from layers.core.recompute import barrier
-from layers.norms import statistics
-from layers.norms.statistics import ROWS, affine
+from layers.norms import arguments, statistics
+from layers.norms.statistics import ROWS, affine, by_root, standardized
 
 
 class AddLayerNormFunction(Function):
@@ -29,27 +28,27 @@ class AddLayerNormFunction(Function):
     def forward(ctx, x, residual, scale, bias, epsilon):
         total = x + residual
         xw = total.astype(wide(total.dtype))
-        mean, var = ROWS.moments(xw, ROWS.weight(xw, None))
-        rstd = safe_rsqrt(var + epsilon)
-        ctx.save_for_backward(total, scale, mean, rstd)
+        mean, _, root = ROWS.moments(xw, ROWS.weight(xw, None), epsilon)
+        ctx.save_for_backward(total, scale, mean, root)
         ctx.bias = None if bias is None else jax.ShapeDtypeStruct(bias.shape, bias.dtype)
-        return affine((xw - mean) * rstd, scale, bias).astype(total.dtype), total
+        return affine(standardized(xw, mean, root), scale, bias).astype(total.dtype), total
 
     @staticmethod
     def backward(ctx, dy, dsum):
-        total, scale, mean, rstd = ctx.saved_tensors
+        total, scale, mean, root = ctx.saved_tensors
+        statistics.refuse_gradient_of_epsilon("add_layer_norm", ctx.needs_input_grad[4])
 
-        def grads(dy, dsum, total, mean, rstd):
-            dy, xhat = dy.astype(rstd.dtype), (total - mean) * rstd
+        def grads(dy, dsum, total, mean, root):
+            dy, xhat = dy.astype(root.dtype), standardized(total.astype(root.dtype), mean, root)
             g = affine(dy, scale, None)
-            d = dsum + rstd * (g - ROWS.weight(xhat, None) * (ROWS.total(g) + xhat * ROWS.total(g * xhat)))
+            d = dsum + by_root(g - ROWS.weight(xhat, None) * (ROWS.total(g) + xhat * ROWS.total(g * xhat)), root)
             return d.astype(total.dtype), (statistics.sum_to(dy * xhat, scale), statistics.sum_to(dy, ctx.bias))
 
         if statistics.has_blocks(total):
-            d, (dscale, dbias) = statistics.in_row_blocks(grads, (dy, dsum, total, mean, rstd))
+            d, (dscale, dbias) = statistics.in_row_blocks(grads, (dy, dsum, total, mean, root))
         else:
-            (total, mean, rstd), (dy, dsum) = barrier((total, mean, rstd), (dy, dsum))
-            d, (dscale, dbias) = grads(dy, dsum, total, mean, rstd)
+            (total, mean, root), (dy, dsum) = barrier((total, mean, root), (dy, dsum))
+            d, (dscale, dbias) = grads(dy, dsum, total, mean, root)
         return d, d, dscale, dbias, None
 
     @staticmethod
@@ -65,7 +64,7 @@ def add_layer_norm(
     scale: Float[Array, " features"] | None = None,
     bias: Float[Array, " features"] | None = None,
     *,
-    epsilon: float = 1e-6,
+    epsilon: float | Float[Array, ""] = 1e-6,
 ) -> tuple[Float[Array, "*batch features"], Float[Array, "*batch features"]]:
     """Adds a residual and shifts and scales each row of the sum to mean 0 and variance 1.
 
@@ -82,11 +81,8 @@ def add_layer_norm(
         `(y, sum)`: the normalised sum and the sum, of the shape of `x` and the common dtype of `x` and `residual`.
 
     Raises:
-        ValueError: where `residual` has another shape than `x`, or `scale` or `bias` does not fit their last axis.
+        ValueError: where `residual` has another shape than `x`, or `scale` or `bias` does not fit their last axis, or `epsilon` is negative.
         TypeError: where `x` or `residual` is not of a floating-point dtype.
     """
-    x, residual = jnp.asarray(x), jnp.asarray(residual)
-    scale, bias = (None if p is None else jnp.asarray(p) for p in (scale, bias))
-    statistics.check_sum("add_layer_norm", x, residual, scale=scale, bias=bias)
-    statistics.check_epsilon("add_layer_norm", epsilon)
+    x, residual, scale, bias, epsilon = arguments.sums("add_layer_norm", x, residual, epsilon, scale=scale, bias=bias)
     return AddLayerNormFunction.apply(x, residual, scale, bias, epsilon)

@@ -1,12 +1,12 @@
 """A residual sum and its root-mean-square normalisation, in one.
 
-    sum = x + residual,  x̂ = sum rstd,  y = scale x̂,   rstd = (mean(sum²) + epsilon)^-1/2 of each row
+    sum = x + residual,  x̂ = sum / root,  y = (scale + scale_offset) x̂,   root = (mean(sum²) + epsilon)^1/2 of each row
 
-With g = scale dy the cotangent of x̂, and dsum that of the sum itself:
+With g = (scale + scale_offset) dy the cotangent of x̂, and dsum that of the sum itself:
 
-    dx = dresidual = dsum + rstd (g - x̂ mean(g x̂)),  dscale = Σ dy x̂
+    dx = dresidual = dsum + (g - x̂ mean(g x̂)) / root,  dscale = Σ dy x̂
 
-Saved: the sum, which the next residual sum needs anyway, scale and the float32 rstd of each row. One array is the gradient of both summands.
+Saved: the sum, which the next residual sum needs anyway, scale and the float32 root of each row. One array is the gradient of both summands.
 
 Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; Liger-Kernel, `fused_add_rms_norm`.
 """
@@ -14,40 +14,41 @@ Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; Lig
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
-from layers.core.numerics import safe_rsqrt, wide
+from layers.core.numerics import wide
 from layers.core.recompute import barrier
-from layers.norms import statistics
-from layers.norms.statistics import ROWS, affine
+from layers.norms import arguments, statistics
+from layers.norms.statistics import ROWS, affine, by_root, factor, standardized
 
 
 class AddRMSNormFunction(Function):
     @staticmethod
-    def forward(ctx, x, residual, scale, epsilon):
+    def forward(ctx, x, residual, scale, epsilon, *, scale_offset=0.0):
         total = x + residual
         xw = total.astype(wide(total.dtype))
-        rstd = safe_rsqrt(ROWS.mean_square(xw, ROWS.weight(xw, None)) + epsilon)
-        ctx.save_for_backward(total, scale, rstd)
-        return affine(xw * rstd, scale, None).astype(total.dtype), total
+        root = ROWS.root(xw, ROWS.weight(xw, None), epsilon)
+        ctx.save_for_backward(total, scale, root)
+        ctx.scale_offset = scale_offset
+        return affine(standardized(xw, None, root), factor(scale, scale_offset), None).astype(total.dtype), total
 
     @staticmethod
     def backward(ctx, dy, dsum):
-        total, scale, rstd = ctx.saved_tensors
+        total, scale, root = ctx.saved_tensors
+        statistics.refuse_gradient_of_epsilon("add_rms_norm", ctx.needs_input_grad[3])
 
-        def grads(dy, dsum, total, rstd):
-            dy, xhat = dy.astype(rstd.dtype), total * rstd
-            g = affine(dy, scale, None)
-            d = dsum + rstd * (g - ROWS.weight(xhat, None) * xhat * ROWS.total(g * xhat))
+        def grads(dy, dsum, total, root):
+            dy, xhat = dy.astype(root.dtype), standardized(total.astype(root.dtype), None, root)
+            g = affine(dy, factor(scale, ctx.scale_offset), None)
+            d = dsum + by_root(g - ROWS.weight(xhat, None) * xhat * ROWS.total(g * xhat), root)
             return d.astype(total.dtype), statistics.sum_to(dy * xhat, scale)
 
         if statistics.has_blocks(total):
-            d, dscale = statistics.in_row_blocks(grads, (dy, dsum, total, rstd))
+            d, dscale = statistics.in_row_blocks(grads, (dy, dsum, total, root))
         else:
-            (total, rstd), (dy, dsum) = barrier((total, rstd), (dy, dsum))
-            d, dscale = grads(dy, dsum, total, rstd)
+            (total, root), (dy, dsum) = barrier((total, root), (dy, dsum))
+            d, dscale = grads(dy, dsum, total, root)
         return d, d, dscale, None
 
     @staticmethod
@@ -62,7 +63,8 @@ def add_rms_norm(
     residual: Float[Array, "*batch features"],
     scale: Float[Array, " features"] | None = None,
     *,
-    epsilon: float = 1e-6,
+    epsilon: float | Float[Array, ""] = 1e-6,
+    scale_offset: float = 0.0,
 ) -> tuple[Float[Array, "*batch features"], Float[Array, "*batch features"]]:
     """Adds a residual and divides each row of the sum by its root mean square.
 
@@ -73,16 +75,15 @@ def add_rms_norm(
         residual: what is added to `x`.
         scale: multiplies each feature of the normalised sum; None for 1.
         epsilon: is added to the mean square.
+        scale_offset: is added to `scale`, as in `rms_norm`.
 
     Returns:
         `(y, sum)`: the normalised sum and the sum, of the shape of `x` and the common dtype of `x` and `residual`.
 
     Raises:
-        ValueError: where `residual` has another shape than `x`, or `scale` does not fit their last axis.
+        ValueError: where `residual` has another shape than `x`, or `scale` does not fit their last axis, or `epsilon` is negative.
         TypeError: where `x` or `residual` is not of a floating-point dtype.
     """
-    x, residual = jnp.asarray(x), jnp.asarray(residual)
-    scale = None if scale is None else jnp.asarray(scale)
-    statistics.check_sum("add_rms_norm", x, residual, scale=scale)
-    statistics.check_epsilon("add_rms_norm", epsilon)
-    return AddRMSNormFunction.apply(x, residual, scale, epsilon)
+    x, residual, scale, epsilon = arguments.sums("add_rms_norm", x, residual, epsilon, scale=scale)
+    scale_offset = arguments.scale_offset("add_rms_norm", scale_offset, scale)
+    return AddRMSNormFunction.apply(x, residual, scale, epsilon, scale_offset=scale_offset)

@@ -1,10 +1,10 @@
 """Normalisation of groups of features, over space and the features of a group.
 
-    x̂ = (x - mean) rstd,  y = scale x̂ + bias,   mean and rstd = (var + epsilon)^-1/2 of each example and group
+    x̂ = (x - mean) / root,  y = scale x̂ + bias,   mean and root = (var + epsilon)^1/2 of each example and group
 
 With g = scale dy the cotangent of x̂, and means over the elements of a group:
 
-    dx = rstd (g - mean(g) - x̂ mean(g x̂)),  dscale = Σ dy x̂,  dbias = Σ dy
+    dx = (g - mean(g) - x̂ mean(g x̂)) / root,  dscale = Σ dy x̂,  dbias = Σ dy
 
 All sums are made from Σ dy and Σ dy x̂ over space, one number for each example and feature.
 
@@ -15,6 +15,7 @@ Reference: Wu and He, "Group Normalization", 2018.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +24,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from layers.core import checks
 from layers.core.function import Function
-from layers.core.numerics import safe_rsqrt
 from layers.core.recompute import barrier
-from layers.norms import statistics
-from layers.norms.statistics import affine, as_computed
+from layers.norms import arguments, statistics
+from layers.norms.statistics import affine, as_computed, by_root, standardized, weighted
 
 
 class GroupNormFunction(Function):
@@ -35,27 +36,27 @@ class GroupNormFunction(Function):
     def forward(ctx, x, scale, bias, num_groups, epsilon, *, mask=None, over=None, dtype=None):
         over = over or space_and_group(x.ndim)
         xw, scale_w, bias_w = (_grouped(as_computed(a, dtype), num_groups) for a in (x, scale, bias))
-        mask = _grouped(mask, num_groups)
-        mean, var = over.moments(xw, over.weight(xw, mask))
-        rstd = safe_rsqrt(var + epsilon)
-        ctx.save_for_backward(x, scale, mask, mean, rstd)
+        mask_g = _grouped(mask, num_groups)
+        mean, _, root = over.moments(xw, over.weight(xw, mask_g), epsilon)
+        ctx.save_for_backward(x, scale, mask, mean, root)
         ctx.num_groups, ctx.over, ctx.dtype, ctx.has_bias = num_groups, over, dtype, bias is not None
-        return affine((xw - mean) * rstd, scale_w, bias_w).reshape(x.shape).astype(dtype or x.dtype)
+        return affine(standardized(xw, mean, root, mask_g), scale_w, bias_w).reshape(x.shape).astype(dtype or x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        (x, scale, mask, mean, rstd), dy = barrier(ctx.saved_tensors, dy)
+        statistics.refuse_gradient_of_epsilon("group_norm", ctx.needs_input_grad[4])
+        (x, scale, mask, mean, root), dy = barrier(ctx.saved_tensors, dy)
         over, num_groups = ctx.over, ctx.num_groups
-        mean, rstd = (_by_feature(a, x.shape[-1]) for a in (mean, rstd))
+        mean, root = (_by_feature(a, x.shape[-1]) for a in (mean, root))
         space = tuple(a + 1 for a in over.axes[:-1])
         group, scale_w = replace(over, axes=(-1,)), as_computed(scale, ctx.dtype)
         spread = lambda sums: _by_feature(group.total(_grouped(affine(sums, scale_w, None), num_groups)), x.shape[-1])
 
-        dy, centred = as_computed(dy, ctx.dtype), as_computed(x, ctx.dtype) - mean
-        sum_dy, sum_dy_xhat = dy.sum(space, keepdims=True), (dy * centred).sum(space, keepdims=True) * rstd
-        weight = over.weight(_grouped(centred, num_groups), mask)
+        dy, xhat = as_computed(dy, ctx.dtype), standardized(as_computed(x, ctx.dtype), mean, root, mask)
+        sum_dy, sum_dy_xhat = dy.sum(space, keepdims=True), (dy * xhat).sum(space, keepdims=True)
+        weight = over.weight(_grouped(xhat, num_groups), _grouped(mask, num_groups))
         weight = weight if isinstance(weight, float) else weight.reshape(x.shape)
-        dx = affine(rstd, scale_w, None) * dy - weight * (rstd * spread(sum_dy) + rstd**2 * spread(sum_dy_xhat) * centred)
+        dx = by_root(affine(dy, scale_w, None) - weighted(spread(sum_dy) + spread(sum_dy_xhat) * xhat, weight), root)
         batch = tuple(range(x.ndim - 1))
         return dx, None if scale is None else sum_dy_xhat.sum(batch), sum_dy.sum(batch) if ctx.has_bias else None, None, None
 
@@ -72,7 +73,7 @@ def group_norm(
     bias: Float[Array, " features"] | None = None,
     *,
     num_groups: int = 32,
-    epsilon: float = 1e-6,
+    epsilon: float | Float[Array, ""] = 1e-6,
 ) -> Float[Array, "batch *space features"]:
     """Shifts and scales each group of features of each example to mean 0 and variance 1.
 
@@ -92,13 +93,11 @@ def group_norm(
         ValueError: where `scale` or `bias` does not fit the last axis of `x`, or `num_groups` does not divide it.
         TypeError: where `x` is not of a floating-point dtype.
     """
-    x = jnp.asarray(x)
-    scale, bias = (None if p is None else jnp.asarray(p) for p in (scale, bias))
-    statistics.check_features("group_norm", x, scale=scale, bias=bias)
-    statistics.check_epsilon("group_norm", epsilon)
+    x, scale, bias, epsilon = arguments.rows("group_norm", x, epsilon, scale=scale, bias=bias)
+    num_groups = checks.integer("group_norm", "num_groups", num_groups, "[1, inf)")
     if x.ndim < 2:
-        raise ValueError(f"group_norm: x has shape {x.shape}, but needs a batch axis and a feature axis: use x[None]")
-    if num_groups < 1 or x.shape[-1] % num_groups:
+        raise ValueError(f"group_norm: x has shape {x.shape}, but must have a batch axis and a feature axis: x[None]")
+    if x.shape[-1] % num_groups:
         raise ValueError(f"group_norm: num_groups is {num_groups}, but must divide the last axis of x, {x.shape[-1]} (x: {x.shape})")
     return GroupNormFunction.apply(x, scale, bias, num_groups, epsilon)
 
@@ -110,13 +109,26 @@ class GroupNorm(nnx.GroupNorm):
     it repeats the mean of a group along axis 1 in place of the features.
     """
 
+    @functools.wraps(nnx.GroupNorm.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = arguments.options("GroupNorm", super().__init__, args, kwargs)
+        features, groups, size = (given[what] for what in ("num_features", "num_groups", "group_size"))
+        if (groups is None) == (size is None):
+            raise ValueError(f"GroupNorm: num_groups is {groups} and group_size {size}, but one of them must be None")
+        if features % (groups or size):
+            raise ValueError(f"GroupNorm: {'group_size' if size else 'num_groups'} is {groups or size}, but must divide num_features, {features}")
+        super().__init__(**given)
+
     def __call__(self, x: Any, *, mask: Any = None) -> jax.Array:
-        x, (scale, bias), dtype = statistics.promoted(self, jnp.asarray(x), self.scale, self.bias)
+        x, parameters, dtype = arguments.promoted(self, x, self.scale, self.bias)
+        (scale, bias), mask = arguments.along(self, x, -1, *parameters), arguments.masked(self, x, mask)
+        if x.shape[-1] % self.num_groups:
+            raise ValueError(f"GroupNorm: x has shape {x.shape}, but num_groups = {self.num_groups} must divide its last axis")
         axes = range(1, x.ndim) if self.reduction_axes is None else self.reduction_axes
-        axes = statistics.from_the_end(x.ndim, axes)
+        axes = arguments.from_the_end("GroupNorm", "reduction_axes", axes, x.ndim)
         if axes[-1] != -1:
             raise ValueError(f"GroupNorm: reduction_axes is {self.reduction_axes}, but must contain the last axis, the features")
-        over = statistics.module_over(self, x.ndim + 1, [a - 1 for a in axes[:-1]] + [-1])
+        over = arguments.over(self, x.ndim + 1, [a - 1 for a in axes[:-1]] + [-1])
         return GroupNormFunction.apply(x, scale, bias, self.num_groups, self.epsilon, mask=mask, over=over, dtype=dtype)
 
 
@@ -131,4 +143,7 @@ def _by_feature(x: jax.Array, features: int) -> jax.Array:
 
 
 def _grouped(x: Any, num_groups: int) -> Any:
-    return None if x is None else x.reshape(*x.shape[:-1], num_groups, x.shape[-1] // num_groups)
+    """The features of an array in groups; None for None. An array of one for all features has one for all groups."""
+    if x is None or x.shape[-1] == 1:
+        return None if x is None else x[..., None]
+    return x.reshape(*x.shape[:-1], num_groups, x.shape[-1] // num_groups)

@@ -1,12 +1,12 @@
 """Root-mean-square normalisation of rows.
 
-    rstd = (mean(x²) + epsilon)^-1/2,  x̂ = x rstd,  y = scale x̂
+    root = (mean(x²) + epsilon)^1/2,  x̂ = x / root,  y = (scale + scale_offset) x̂
 
-With g = scale dy the cotangent of x̂:
+With g = (scale + scale_offset) dy the cotangent of x̂:
 
-    dx = rstd (g - x̂ mean(g x̂)),  dscale = Σ dy x̂
+    dx = (g - x̂ mean(g x̂)) / root,  dscale = Σ dy x̂
 
-Saved: x, scale and the float32 rstd of each row. x̂ is one product away from them, so it is recomputed, in blocks of rows.
+Saved: x, scale and the float32 root of each row. x̂ is one quotient away from them, so it is recomputed, in blocks of rows.
 
 Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 """
@@ -16,41 +16,41 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from layers.core import checks
 from layers.core.function import Function
-from layers.core.numerics import safe_rsqrt
 from layers.core.recompute import barrier
-from layers.norms import statistics
-from layers.norms.statistics import ROWS, affine, as_computed
+from layers.norms import arguments, statistics
+from layers.norms.statistics import ROWS, affine, as_computed, by_root, factor, standardized, weighted
 
 
 class RMSNormFunction(Function):
     @staticmethod
-    def forward(ctx, x, scale, epsilon, *, mask=None, over=ROWS, dtype=None):
+    def forward(ctx, x, scale, epsilon, *, scale_offset=0.0, mask=None, over=ROWS, dtype=None):
         xw = as_computed(x, dtype)
-        rstd = safe_rsqrt(over.mean_square(xw, over.weight(xw, mask)) + epsilon)
-        ctx.save_for_backward(x, scale, mask, rstd)
-        ctx.over, ctx.dtype = over, dtype
-        return affine(xw * rstd, as_computed(scale, dtype), None).astype(dtype or x.dtype)
+        root = over.root(xw, over.weight(xw, mask), epsilon)
+        ctx.save_for_backward(x, scale, mask, root)
+        ctx.over, ctx.dtype, ctx.scale_offset = over, dtype, scale_offset
+        return affine(standardized(xw, None, root, mask), factor(scale, scale_offset, dtype), None).astype(dtype or x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        (x, scale, mask, rstd), over, dtype = ctx.saved_tensors, ctx.over, ctx.dtype
+        (x, scale, mask, root), over, dtype = ctx.saved_tensors, ctx.over, ctx.dtype
+        statistics.refuse_gradient_of_epsilon("rms_norm", ctx.needs_input_grad[2])
 
-        def grads(dy, x, rstd):
-            dy, xhat = as_computed(dy, dtype), as_computed(x, dtype) * rstd
-            g = affine(dy, as_computed(scale, dtype), None)
-            dx = rstd * (g - over.weight(xhat, mask) * xhat * over.total(g * xhat))
+        def grads(dy, x, root):
+            dy, xhat = as_computed(dy, dtype), standardized(as_computed(x, dtype), None, root, mask)
+            g = affine(dy, factor(scale, ctx.scale_offset, dtype), None)
+            dx = by_root(g - weighted(xhat * over.total(g * xhat), over.weight(xhat, mask)), root)
             return dx.astype(x.dtype), statistics.sum_to(dy * xhat, scale)
 
         if mask is None and over.by_rows() and statistics.has_blocks(x):
-            dx, dscale = statistics.in_row_blocks(grads, (dy, x, rstd))
+            dx, dscale = statistics.in_row_blocks(grads, (dy, x, root))
         else:
-            (x, rstd), dy = barrier((x, rstd), dy)
-            dx, dscale = grads(dy, x, rstd)
+            (x, root), dy = barrier((x, root), dy)
+            dx, dscale = grads(dy, x, root)
         return dx, dscale, None
 
     @staticmethod
@@ -60,7 +60,11 @@ class RMSNormFunction(Function):
 
 
 def rms_norm(
-    x: Float[Array, "*batch features"], scale: Float[Array, " features"] | None = None, *, epsilon: float = 1e-6
+    x: Float[Array, "*batch features"],
+    scale: Float[Array, " features"] | None = None,
+    *,
+    epsilon: float | Float[Array, ""] = 1e-6,
+    scale_offset: float = 0.0,
 ) -> Float[Array, "*batch features"]:
     """Divides each row by its root mean square.
 
@@ -70,26 +74,42 @@ def rms_norm(
         x: rows of features.
         scale: multiplies each feature; None for 1.
         epsilon: is added to the mean square.
+        scale_offset: is added to `scale`: 1 for a model that keeps the difference from 1 (Gemma).
 
     Returns:
         An array of the shape and dtype of `x`.
 
     Raises:
-        ValueError: where `scale` does not fit the last axis of `x`.
+        ValueError: where `scale` does not fit the last axis of `x`, `epsilon` is negative, or there is an offset and no scale.
         TypeError: where `x` is not of a floating-point dtype.
     """
-    x = jnp.asarray(x)
-    scale = None if scale is None else jnp.asarray(scale)
-    statistics.check_features("rms_norm", x, scale=scale)
-    statistics.check_epsilon("rms_norm", epsilon)
-    return RMSNormFunction.apply(x, scale, epsilon)
+    x, scale, epsilon = arguments.rows("rms_norm", x, epsilon, scale=scale)
+    scale_offset = arguments.scale_offset("rms_norm", scale_offset, scale)
+    return RMSNormFunction.apply(x, scale, epsilon, scale_offset=scale_offset)
 
 
 class RMSNorm(nnx.RMSNorm):
-    """`flax.nnx.RMSNorm`: the same arguments, parameters and values; backward keeps one number a row beyond the input."""
+    """`flax.nnx.RMSNorm`: the same arguments, parameters and values; backward keeps one number a row beyond the input.
+
+    Args:
+        scale_offset: as in `rms_norm`. By default the scale starts as what makes 1 with it.
+    """
+
+    scale_offset = 0.0
+
+    def __init__(self, *args: Any, scale_offset: float = 0.0, **kwargs: Any):
+        given = arguments.options("RMSNorm", super().__init__, args, kwargs)
+        scale_offset = checks.number("RMSNorm", "scale_offset", scale_offset)
+        if scale_offset:
+            if "scale_init" not in kwargs:
+                given["scale_init"] = nnx.initializers.constant(1 - scale_offset)
+            self.scale_offset = arguments.scale_offset("RMSNorm", scale_offset, given["use_scale"] or None)
+        super().__init__(**given)
+
+    __init__.__signature__ = arguments.with_option(nnx.RMSNorm, "scale_offset", 0.0)  # type: ignore[attr-defined]
 
     def __call__(self, x: Any, mask: Any = None) -> jax.Array:
-        x, (scale,), dtype = statistics.promoted(self, jnp.asarray(x), self.scale)
-        scale = statistics.along(x, self.feature_axes, scale)
-        over = statistics.module_over(self, x.ndim, self.reduction_axes)
-        return RMSNormFunction.apply(x, scale, self.epsilon, mask=mask, over=over, dtype=dtype)
+        x, (scale,), dtype = arguments.promoted(self, x, self.scale)
+        (scale,), mask = arguments.along(self, x, self.feature_axes, scale), arguments.masked(self, x, mask)
+        over = arguments.over(self, x.ndim, self.reduction_axes)
+        return RMSNormFunction.apply(x, scale, self.epsilon, scale_offset=self.scale_offset, mask=mask, over=over, dtype=dtype)

@@ -1,12 +1,13 @@
 """What every normalisation shares: weighted sums over axes and devices, the gradient they give the input, loops over rows.
 
-With x̂ = (x - mean) rstd, w the weight of an element in its mean (1 / n, and 0 where masked) and g the cotangent of x̂,
+With x̂ = (x - mean) / root, w the weight of an element in its mean (1 / n, and 0 where masked) and g the cotangent of x̂,
 
-    mean = Σ w x,  var = Σ w (x - mean)²,  rstd = (var + epsilon)^-1/2
-    dvar = -½ rstd² Σ g x̂,   dmean = -rstd Σ g                     (Σ w (x - mean) = 0, so mean does not act through var)
-    dx   = rstd (g - w (Σ g + x̂ Σ g x̂))
+    mean = Σ w x,  var = Σ w (x - mean)²,  root = (var + epsilon)^1/2
+    dvar = -½ Σ g x̂ / root²,   dmean = -Σ g / root                 (Σ w (x - mean) = 0, so mean does not act through var)
+    dx   = (g - w (Σ g + x̂ Σ g x̂)) / root
 
-and without the term Σ g where the mean is not subtracted. Sums go over the axes, and over the devices of a named axis.
+and without the term Σ g where the mean is not subtracted. Sums go over the axes, and over the devices of a named axis. Neither the squares nor
+1 / root overflow or underflow where x̂ does not (`core/roots.py`).
 """
 
 from __future__ import annotations
@@ -18,15 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.nnx.nn import dtypes
 from jax import lax
 from jax.export import is_symbolic_dim
 
 from layers.core.blocks import block_size
-from layers.core.checks import check_floating
 from layers.core.late import scan_blocks_late
 from layers.core.machine import UNLIMITED, choose
 from layers.core.numerics import wide
+from layers.core.roots import mean_root, reciprocal_factors, where_finite
 
 BLOCK_BYTES = 1 << 19
 """Of one float32 array in a block of rows, on a CPU: two or three of them stay in a core's cache. An accelerator takes all rows in one."""
@@ -57,7 +57,7 @@ class Over:
         devices = 1 if self.axis_name is None else lax.psum(1, self.axis_name, axis_index_groups=self.groups)
         if mask is None:
             return 1 / max(math.prod(x.shape[a] for a in self.axes) * devices, 1)
-        mask = jnp.broadcast_to(mask, x.shape).astype(x.dtype)
+        mask = jnp.broadcast_to(mask != 0, x.shape).astype(x.dtype)
         return mask / (jnp.maximum(mask.sum(self.axes, keepdims=True), 1) * devices)
 
     def by_rows(self) -> bool:
@@ -65,17 +65,23 @@ class Over:
         return self.axes == (-1,) and self.axis_name is None
 
     def mean(self, x: jax.Array, weight: Any) -> jax.Array:
-        return self.total(x) * weight if isinstance(weight, float) else self.total(jnp.where(weight == 0, 0, x) * weight)
+        return self.total(x) * weight if isinstance(weight, float) else self.total(weighted(x, weight))
 
-    def mean_square(self, x: jax.Array, weight: Any) -> jax.Array:
-        return self.mean(x * x, weight)
+    def root(self, x: jax.Array, weight: Any, epsilon: Any) -> jax.Array:
+        """(mean(x²) + epsilon)^1/2."""
+        return where_finite(lambda scale: (mean_root(self.mean(jnp.square(_times(x, scale)), weight), epsilon, scale),), x.dtype)[0]
 
-    def moments(self, x: jax.Array, weight: Any) -> tuple[jax.Array, jax.Array]:
-        """Mean and variance."""
-        mean = self.mean(x, weight)
-        if self.fast:
-            return mean, jnp.maximum(self.mean_square(x, weight) - mean * mean, 0)
-        return mean, self.mean_square(x - mean, weight)
+    def moments(self, x: jax.Array, weight: Any, epsilon: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Mean, variance and (variance + epsilon)^1/2."""
+
+        def of_multiple(scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+            xs = _times(x, scale)
+            mean = self.mean(xs, weight)
+            var = self.mean(jnp.square(xs if self.fast else xs - mean), weight)
+            var = jnp.maximum(var - mean * mean, 0) if self.fast else var
+            return _times(mean, 1 / scale), _times(_times(var, 1 / scale), 1 / scale), mean_root(var, epsilon, scale)
+
+        return where_finite(of_multiple, x.dtype)
 
 
 ROWS = Over()
@@ -87,9 +93,37 @@ def as_computed(x: Any, dtype: Any) -> Any:
     return None if x is None else x.astype(dtype or x.dtype).astype(wide(dtype or x.dtype))
 
 
+def standardized(x: jax.Array, mean: Any, root: jax.Array, mask: Any = None) -> jax.Array:
+    """x̂ = (x - mean) / root; 0 where the root is, and for what is masked and not finite, so that it gets nowhere. A mean of None is none."""
+    first, second = reciprocal_factors(root)
+    xhat = (x * first if mean is None else x * first - mean * first) * second
+    return xhat if mask is None else jnp.where((mask != 0) | jnp.isfinite(xhat), xhat, 0)
+
+
+def by_root(x: jax.Array, root: jax.Array) -> jax.Array:
+    """x / root; 0 where the root is."""
+    first, second = reciprocal_factors(root)
+    return x * second * first
+
+
+def weighted(x: jax.Array, weight: Any) -> jax.Array:
+    """`x` times the weight of each element in a mean; 0 for what has none, whatever it is."""
+    return x * weight if isinstance(weight, float) else jnp.where(weight == 0, 0, x) * weight
+
+
+def _times(x: jax.Array, scale: float) -> jax.Array:
+    return x if scale == 1.0 else x * scale
+
+
 def affine(x: jax.Array, scale: Any, bias: Any) -> jax.Array:
     x = x if scale is None else x * scale
     return x if bias is None else x + bias
+
+
+def factor(scale: Any, offset: float = 0.0, dtype: Any = None) -> Any:
+    """What x̂ is multiplied by, as it is computed; None for a scale of None."""
+    scale = as_computed(scale, dtype)
+    return scale if scale is None or not offset else scale + offset
 
 
 def sum_to(x: jax.Array, like: Any) -> Any:
@@ -127,61 +161,7 @@ def has_blocks(x: jax.Array) -> bool:
     return not is_symbolic_dim(x.size) and x.size * 4 > choose(BLOCK_BYTES, UNLIMITED) and x.size > x.shape[-1]
 
 
-def check_features(name: str, x: Any, **parameters: Any) -> None:
-    """Raises unless x is real and floating, with a last axis, and each parameter is None or has the shape of that axis."""
-    check_floating(name, x=x)
-    if x.ndim == 0:
-        raise ValueError(f"{name}: x is a scalar, but needs a last axis of features")
-    for key, value in parameters.items():
-        if value is not None and value.shape != x.shape[-1:]:
-            raise ValueError(f"{name}: {key} has shape {value.shape}, but the last axis of x is {x.shape[-1]} (x: {x.shape})")
-
-
-def check_sum(name: str, x: Any, residual: Any, **parameters: Any) -> None:
-    """Raises unless x and the residual can be added without broadcasting and the parameters fit."""
-    check_features(name, x, **parameters)
-    if residual.shape != x.shape:
-        raise ValueError(f"{name}: residual has shape {residual.shape}, but x has shape {x.shape}: broadcast one to the other")
-    check_floating(name, residual=residual)
-
-
-def check_epsilon(name: str, epsilon: float) -> None:
-    if epsilon < 0:
-        raise ValueError(f"{name}: epsilon is {epsilon}, but must not be negative")
-
-
-def module_over(module: Any, ndim: int, axes: Any) -> Over:
-    """The statistics that an nnx normalisation asks for."""
-    groups = None if module.axis_index_groups is None else tuple(tuple(g) for g in module.axis_index_groups)
-    return Over(from_the_end(ndim, axes), module.axis_name, groups, bool(module.use_fast_variance))
-
-
-def from_the_end(ndim: int, axes: Any) -> tuple[int, ...]:
-    """Axes as sorted negative numbers."""
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
-    for a in axes:
-        if not -ndim <= a < ndim:
-            raise ValueError(f"axis {a} is out of range for an input of {ndim} axes")
-    return tuple(sorted({a - ndim if a >= 0 else a for a in axes}))
-
-
-def promoted(module: Any, x: jax.Array, *parameters: Any) -> tuple[Any, list[Any], Any]:
-    """The input and the parameters of an nnx normalisation, and the dtype it computes in.
-
-    Flax's own promotion is left to the layer, so that the arrays kept for backward are those that are alive anyway.
-    """
-    values = [None if p is None else p[...] for p in parameters]
-    if module.promote_dtype is not dtypes.promote_dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-        x, *values = module.promote_dtype((x, *values), dtype=module.dtype)
-    dtype = dtypes.canonicalize_dtype(x, *values, dtype=module.dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{type(module).__name__}: the input has dtype {dtype}, but a real floating-point dtype is needed: use Flax's own")
-    return x, values, dtype
-
-
-def along(x: jax.Array, feature_axes: Any, parameter: Any) -> Any:
-    """A parameter reshaped to broadcast against x along its feature axes."""
-    if parameter is None:
-        return None
-    axes = from_the_end(x.ndim, feature_axes)
-    return parameter.reshape([x.shape[a] if a in axes else 1 for a in range(min(axes), 0)])
+def refuse_gradient_of_epsilon(who: str, needed: bool) -> None:
+    """Raises where epsilon is being differentiated."""
+    if needed:
+        raise TypeError(f"{who}: epsilon has no gradient: pass jax.lax.stop_gradient(epsilon)")

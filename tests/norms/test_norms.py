@@ -333,7 +333,11 @@ def test_function_returns_the_dtype_of_its_input_whatever_the_scale(name):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: layers.rms_norm(jnp.ones((3, 8)), jnp.ones(7)), ValueError, r"rms_norm: scale has shape \(7,\), but the last axis of x is 8"),
+        (
+            lambda: layers.rms_norm(jnp.ones((3, 8)), jnp.ones(7)),
+            ValueError,
+            r"rms_norm: scale has shape \(7,\), but must be \(features,\) = \(8,\) \(x: \(3, 8\)\)",
+        ),
         (lambda: layers.layer_norm(jnp.ones((3, 8)), None, jnp.ones(7)), ValueError, "layer_norm: bias has shape"),
         (lambda: layers.rms_norm(jnp.ones((3, 8), int)), TypeError, "rms_norm: x is of dtype int"),
         (lambda: layers.rms_norm(jnp.ones(())), ValueError, "rms_norm: x is a scalar"),
@@ -344,7 +348,21 @@ def test_function_returns_the_dtype_of_its_input_whatever_the_scale(name):
         (lambda: layers.add_rms_norm(jnp.ones((3, 8)), jnp.ones(8)), ValueError, "add_rms_norm: residual has shape"),
         (lambda: layers.add_layer_norm(jnp.ones((3, 8)), jnp.ones((3, 8), int)), TypeError, "add_layer_norm: residual is of dtype"),
         (lambda: layers.GroupNorm(6, 3, reduction_axes=(1,), rngs=nnx.Rngs(0))(jnp.ones((2, 3, 6))), ValueError, "must contain the last axis"),
-        (lambda: layers.LayerNorm(6, dtype=jnp.complex64, rngs=nnx.Rngs(0))(jnp.ones((2, 6))), TypeError, "real floating-point dtype"),
+        (lambda: layers.LayerNorm(6, dtype=jnp.complex64, rngs=nnx.Rngs(0)), TypeError, "LayerNorm: dtype is .*real floating-point dtype"),
+        (
+            lambda: layers.LayerNorm(5, rngs=nnx.Rngs(0))(jnp.ones((2, 3))),
+            ValueError,
+            r"LayerNorm: x has shape \(2, 3\), but must have num_features = 5",
+        ),
+        (lambda: layers.GroupNorm(6, True, rngs=nnx.Rngs(0)), TypeError, "GroupNorm: num_groups is True"),
+        (lambda: layers.group_norm(jnp.ones((3, 8)), num_groups=True), TypeError, "group_norm: num_groups is True"),
+        (lambda: layers.layer_norm(None), TypeError, "layer_norm: x is None"),
+        (lambda: layers.layer_norm(jnp.ones(3), epsilon="1e-6"), TypeError, "layer_norm: epsilon is '1e-6'"),
+        (lambda: layers.rms_norm(jnp.ones(3), jnp.ones(3) * 1j), TypeError, "rms_norm: scale is of dtype complex64"),
+        (lambda: layers.rms_norm(jnp.ones(3), scale_offset=1), ValueError, "rms_norm: scale_offset is 1.0, but there is no scale"),
+        (lambda: layers.batch_norm(jnp.ones((2, 3)), axis_name="data"), ValueError, "batch_norm: axis_name is 'data'"),
+        (lambda: layers.LayerNorm(3, rngs=nnx.Rngs(0))(jnp.ones((2, 3)), mask=jnp.ones(2)), ValueError, "LayerNorm: mask has shape"),
+        (lambda: jax.grad(lambda e: layers.rms_norm(jnp.ones(3), epsilon=e).sum())(0.1), TypeError, "rms_norm: epsilon has no gradient"),
     ],
 )
 def test_wrong_arguments_are_named(call, error, message):
