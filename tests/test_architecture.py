@@ -65,6 +65,27 @@ def test_private_parts_of_jax_are_touched_in_compat_only():
             assert not name.startswith("jax._src") or path.name == "compat.py", f"{path}:{line} imports {name}"
 
 
+JITTED_PRODUCTS = {"matmul", "einsum", "dot", "vdot", "vecdot", "matvec", "vecmat", "tensordot", "inner", "outer", "kron", "cov", "convolve"}
+
+
+def code_of_rules(node):
+    """The nodes of a file, but for those of examples and of what rules are compared with."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if getattr(child, "name", "") not in ("example", "surrogate"):
+            yield from code_of_rules(child)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if place(p) not in ("tools", "check")], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_products_call_dot_general_themselves(path):
+    """A jitted function of `jnp` that multiplies matrices keeps what it was traced to, be it another library's product for the time being."""
+    for node in code_of_rules(ast.parse(path.read_text())):
+        assert not any("jax.jit" in ast.unparse(d) for d in getattr(node, "decorator_list", ())), f"{path}:{node.lineno}: products.jit instead"
+        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        hidden = name.removeprefix("jnp.") in JITTED_PRODUCTS and name.startswith("jnp.")
+        assert not hidden and not isinstance(getattr(node, "op", None), ast.MatMult), f"{path}:{getattr(node, 'lineno', 0)} hides a product"
+
+
 def test_custom_vjp_is_used_by_the_benchmark_only():
     users = [p for p in FILES if re.search(r"\bcustom_vjp\(|@jax\.custom_vjp", p.read_text())]
     assert [p.name for p in users] == ["bench_function.py"]

@@ -4,7 +4,7 @@ Swapped models are to them what unswapped ones are, and nothing of it stays behi
 """
 
 import contextlib
-import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import layers
-from layers.core.patched import products_are_patched
+from layers.core.products import products_are_patched
 from tests.support import assert_trees_close
 
 TOKENS = jnp.array([[1, 2, 3, 0], [4, 4, 1, 2]])
@@ -78,6 +78,17 @@ def test_swapped_model_has_the_patched_products_of_an_unswapped_one():
 
 CALLS = {
     "linear": lambda x, w: layers.linear(x, w),
+    "mlp": lambda x, w: layers.mlp(x, w, x),
+    "gated_mlp": lambda x, w: layers.gated_mlp(x, w, w, x),
+    "dot_product_attention": lambda x, w: layers.dot_product_attention(*[x[None, :, None]] * 3),
+    "linear_cross_entropy": lambda x, w: layers.linear_cross_entropy(x, w, jnp.arange(8)),
+    "linear_jsd": lambda x, w: layers.linear_jsd(x, w, 2 * x, w),
+    "lstm": lambda x, w: layers.lstm(x[None], jnp.tile(w, 4), jnp.tile(x[:, :8], 4))[0],
+    "gru": lambda x, w: layers.gru(x[None], jnp.tile(w, 3), jnp.tile(x[:, :8], 3))[0],
+    "gated_linear_attention": lambda x, w: layers.gated_linear_attention(*[x[None, :, None]] * 3, -jnp.abs(x[None, :, None])),
+    "selective_scan": lambda x, w: layers.selective_scan(x[None], jnp.abs(x[None]), -jnp.abs(w), x[None, :, :8], x[None, :, :8]),
+    "int8_linear": lambda x, w: layers.int8_linear(x, w),
+    "vector_quantize": lambda x, w: layers.vector_quantize(x, 2 * x)[0],
 }
 """Of x (8, features) and w (features, 8)."""
 
@@ -89,7 +100,7 @@ def test_what_is_traced_under_a_patch_leaves_nothing_behind(name):
 
     def program():
         run = jax.value_and_grad(lambda x, w: jnp.sin(CALLS[name](x, w)).sum(), (0, 1))
-        return re.sub(r"0x\w+", "", str(jax.make_jaxpr(run)(x, x.T)))
+        return Counter(operations(jax.make_jaxpr(run)(x, x.T).jaxpr))
 
     with halved_products():
         patched = program()
@@ -98,7 +109,17 @@ def test_what_is_traced_under_a_patch_leaves_nothing_behind(name):
         again = program()
     jax.clear_caches()
     assert patched == again
-    assert patched != after == program()
+    assert patched["div"] > after["div"]
+    assert after == program()
+
+
+def operations(jaxpr):
+    """The names of the operations of a program, and of the programs in it."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            if hasattr(value, "eqns"):
+                yield from operations(getattr(value, "jaxpr", value))
 
 
 # qwix itself
@@ -117,20 +138,27 @@ def adapted(qwix, provider, swapped):
     return model
 
 
+def assert_close(ours, theirs, tolerance):
+    """All arrays together, by their Euclidean norm: some gradients are 0 but for rounding."""
+    ours, theirs = (jnp.concatenate([jnp.ravel(a) for a in jax.tree.leaves(tree)]) for tree in (ours, theirs))
+    assert jnp.linalg.norm(ours - theirs) <= tolerance * jnp.linalg.norm(theirs)
+
+
 PROVIDERS = {
-    "LoRA": (lambda qwix: qwix.LoraProvider(module_path=".*", rank=2, alpha=2.0), nnx.LoRAParam),
-    "LoRA on 8 bits": (lambda qwix: qwix.LoraProvider(module_path=".*", rank=2, alpha=2.0, weight_qtype="int8"), nnx.LoRAParam),
-    "QAT": (lambda qwix: qwix.QtProvider([qwix.QtRule(module_path=".*", weight_qtype="int8", act_qtype="int8")]), nnx.Param),
+    "LoRA": (lambda qwix: qwix.LoraProvider(module_path=".*", rank=2, alpha=2.0), nnx.LoRAParam, 1e-4),
+    "LoRA on 8 bits": (lambda qwix: qwix.LoraProvider(module_path=".*", rank=2, alpha=2.0, weight_qtype="int8"), nnx.LoRAParam, 1e-4),
+    "QAT": (lambda qwix: qwix.QtProvider([qwix.QtRule(module_path=".*", weight_qtype="int8", act_qtype="int8")]), nnx.Param, 2**-6),
 }
+"""What makes it, the variables that are trained, and how close two models are: where their inputs differ by rounding, 8 bits may differ by one."""
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
 @pytest.mark.parametrize("name", PROVIDERS)
 def test_swapped_model_is_quantised_and_adapted_as_an_unswapped_one(qwix, name):
-    provider, wrt = PROVIDERS[name]
+    provider, wrt, tolerance = PROVIDERS[name]
     plain = run(make(False, recurrent=False))
     ours, theirs = (run(adapted(qwix, provider(qwix), swapped), wrt) for swapped in (True, False))
     assert jax.tree.leaves(ours[0][1])
-    assert_trees_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert_trees_close(run(make(False, recurrent=False)), plain, rtol=1e-6, atol=1e-6)
-    assert_trees_close(run(make(True, recurrent=False)), plain, rtol=1e-4, atol=1e-5)
+    assert_close(ours, theirs, tolerance)
+    assert_close(run(make(False, recurrent=False)), plain, 1e-6)
+    assert_close(run(make(True, recurrent=False)), plain, 1e-4)

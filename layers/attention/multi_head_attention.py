@@ -17,7 +17,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from layers.attention.dot_product_attention import dot_product_attention
-from layers.core.patched import products_are_patched
+from layers.core.products import products_are_patched
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):

@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "integer": ((jnp.integer,), "of integers: cast it, {}.astype('int32')"),
     "boolean": ((jnp.bool_,), "of bool: compare, {} != 0"),
     "mask": ((jnp.bool_, jnp.integer, jnp.floating), "of bool, or of zeros and ones: compare, {} != 0"),
-    "any": ((jnp.bool_, jnp.inexact, jnp.integer), "of numbers: cast it, {}.astype('float32')"),
+    "any real": ((jnp.bool_, jnp.floating, jnp.integer), "of real numbers: cast it, {}.astype('float32')"),
     "number": ((jnp.inexact, jnp.integer), "of numbers: cast it, {}.astype('float32')"),
 }
 """The kinds of arrays: the dtypes that belong to each, and what messages say of them."""

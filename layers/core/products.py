@@ -2,15 +2,31 @@
 
 `jnp.einsum`, `jnp.matmul`, `@` and their like are jitted: JAX keeps what they were traced to. Quantisation libraries replace `jax.lax.dot_general`
 while they trace a model, and a rule that went through one of those functions would leave the replaced product there, for all later programs.
+They mean the products of a model's own layers, and add parameters to them, which would have no gradient in a rule of another layer.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+_PRODUCT, _CODE = lax.dot_general, lax.dot_general.__code__
+
+
+def products_are_patched() -> bool:
+    """Whether `jax.lax.dot_general` is not JAX's now, by its name or by its code: a twin leaves its products to Flax's code then."""
+    return lax.dot_general is not _PRODUCT or lax.dot_general.__code__ is not _CODE
+
+
+def jit(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit`, which stands aside while products are patched: it would keep those, or have kept the others."""
+    compiled = jax.jit(fn, **options)
+    return functools.wraps(fn)(lambda *args, **kwargs: (fn if products_are_patched() else compiled)(*args, **kwargs))
 
 
 def einsum(spec: str, x: jax.Array, y: jax.Array, **options: Any) -> jax.Array:

@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from layers.core.function import Function
-from layers.core.patched import products_are_patched
+from layers.core.products import products_are_patched
 from layers.core.recompute import barrier
 from layers.core.zeros import explicit_sharding
 

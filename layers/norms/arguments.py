@@ -99,7 +99,9 @@ def promoted(module: Any, x: Any, *parameters: Any) -> tuple[Any, list[Any], Any
     Flax's own promotion is left to the layer, so that the arrays kept for backward are those that are alive anyway.
     """
     who = type(module).__name__
-    x = checks.array(who, "x", x, "any")
+    x = checks.array(who, "x", x, "any real")
+    if x.ndim == 0:
+        raise ValueError(f"{who}: x is a scalar, but must have an axis of features: x[None]")
     values = [None if p is None else p[...] for p in parameters]
     if module.promote_dtype is not dtypes.promote_dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         x, *values = module.promote_dtype((x, *values), dtype=module.dtype)

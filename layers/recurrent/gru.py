@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from layers.core.function import Function
 from layers.core.numerics import wide
+from layers.core.products import jit
 from layers.core.recompute import barrier
 from layers.core.zeros import lie_like
 from layers.recurrent.gates import Plan, add_bias, add_wanted, gate_products, hold, product, summed_product, visible, zero_sums
@@ -59,7 +60,7 @@ class GRUFunction(Function):
         return *arrays, jnp.array([4, 3]), Plan(steps=2, reverse=True)
 
 
-@partial(jax.jit, static_argnames="plan")
+@partial(jit, static_argnames="plan")
 def _run(x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, *, plan: Plan):
     """The outputs, the last state, and for each chunk the state before it and the gates if they are to be kept."""
 
@@ -83,7 +84,7 @@ def _run(x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, *,
     return outputs, h, kept
 
 
-@partial(jax.jit, static_argnames=("plan", "needs"))
+@partial(jit, static_argnames=("plan", "needs"))
 def _run_back(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, y, kept, dy, dh, *, plan: Plan, needs: tuple[bool, ...]):
     """The gradients of x, both kernels, both biases and the state."""
     dtype, back_kernel = wide(y.dtype), recurrent_kernel.T

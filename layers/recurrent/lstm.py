@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from layers.core.function import Function
 from layers.core.numerics import wide
+from layers.core.products import jit
 from layers.core.recompute import barrier
 from layers.core.zeros import lie_like
 from layers.recurrent.gates import Plan, add_wanted, gate_products, hold, product, summed_product, visible, zero_sums
@@ -60,7 +61,7 @@ class LSTMFunction(Function):
         return *arrays, jnp.array([4, 3]), Plan(steps=2, reverse=True)
 
 
-@partial(jax.jit, static_argnames="plan")
+@partial(jit, static_argnames="plan")
 def _run(x, input_kernel, recurrent_kernel, bias, c, h, lengths, *, plan: Plan):
     """The outputs, both last states, and for each chunk both states before it and the gates if they are to be kept."""
 
@@ -84,7 +85,7 @@ def _run(x, input_kernel, recurrent_kernel, bias, c, h, lengths, *, plan: Plan):
     return outputs, last.astype(c.dtype), h, kept
 
 
-@partial(jax.jit, static_argnames=("plan", "needs"))
+@partial(jit, static_argnames=("plan", "needs"))
 def _run_back(x, input_kernel, recurrent_kernel, bias, lengths, y, kept, dy, dc, dh, *, plan: Plan, needs: tuple[bool, ...]):
     """The gradients of x, both kernels, bias and both states."""
     dtype, back_kernel = wide(y.dtype), recurrent_kernel.T

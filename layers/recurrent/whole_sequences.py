@@ -16,7 +16,7 @@ from flax.nnx.nn import dtypes
 from flax.nnx.nn.recurrent import flip_sequences
 from jax import lax
 
-from layers.core.patched import products_are_patched
+from layers.core.products import products_are_patched
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ CALLS = {
     "batch_norm": lambda: {"x": X, "scale": SCALE, "bias": BIAS, "epsilon": 1e-5},
     "add_rms_norm": lambda: {"x": X, "residual": RESIDUAL, "scale": SCALE, "epsilon": 1e-5, "scale_offset": 1.0},
     "add_layer_norm": lambda: {"x": X, "residual": RESIDUAL, "scale": SCALE, "bias": BIAS, "epsilon": 1e-5},
-    "RMSNorm": module({"mask": X > -1}, scale_offset=1.0, reduction_axes=-1, feature_axes=-1),
-    "LayerNorm": module({"mask": X > -1}, use_bias=True, reduction_axes=-1, feature_axes=-1),
+    "RMSNorm": module({"mask": X > -1}, scale_offset=1.0),
+    "LayerNorm": module({"mask": X > -1}, use_bias=True),
     "GroupNorm": module({"mask": X > -1}, use_bias=True, num_groups=2),
-    "BatchNorm": module({"use_running_average": False, "mask": X > -1}, use_bias=True, momentum=0.9, axis=-1),
+    "BatchNorm": module({"use_running_average": False, "mask": X > -1}, use_bias=True, momentum=0.9),
 }
