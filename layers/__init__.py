@@ -71,6 +71,7 @@ from layers.quantization.vector_quantize import VectorQuantizer as VectorQuantiz
 from layers.quantization.vector_quantize import vector_quantize as vector_quantize
 from layers.recurrent.checkpointed_scan import checkpointed_scan as checkpointed_scan
 from layers.recurrent.checkpointed_scan import checkpointed_while as checkpointed_while
+from layers.recurrent.gated_delta_rule import gated_delta_rule as gated_delta_rule
 from layers.recurrent.gated_linear_attention import gated_linear_attention as gated_linear_attention
 from layers.recurrent.gru import GRU as GRU
 from layers.recurrent.gru import gru as gru
@@ -80,6 +81,8 @@ from layers.recurrent.lstm import lstm as lstm
 from layers.recurrent.mamba import Mamba as Mamba
 from layers.recurrent.rnn import RNN as RNN
 from layers.recurrent.selective_scan import selective_scan as selective_scan
+from layers.recurrent.short_convolution import short_convolution as short_convolution
+from layers.recurrent.state_space_dual import state_space_dual as state_space_dual
 from layers.reversible.reversible_coupling import reversible_coupling as reversible_coupling
 from layers.reversible.reversible_stack import ReversibleStack as ReversibleStack
 from layers.rewrite.report import RewriteReport as RewriteReport

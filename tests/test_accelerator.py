@@ -39,6 +39,10 @@ LAYERS = {
     "linear_recurrence": (layers.linear_recurrence, lambda: normal((700, 3), (700, 3), (3,))),
     "linear_recurrence, complex": (lambda a, b: layers.linear_recurrence(a + 0.3j, b - 1j, axis=1).real, lambda: normal((2, 50), (2, 50))),
     "selective_scan": (layers.selective_scan, scan_arguments),
+    "gated_linear_attention": (
+        lambda q, k, v, g: layers.gated_linear_attention(q, k, v, -jnp.abs(g)),
+        lambda: normal((2, 300, 2, 4), (2, 300, 2, 4), (2, 300, 2, 3), (2, 300, 2, 4)),
+    ),
 }
 
 

@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "mask": ((jnp.bool_, jnp.integer, jnp.floating), "of bool, or of zeros and ones: compare, {} != 0"),
     "any real": ((jnp.bool_, jnp.floating, jnp.integer), "of real numbers: cast it, {}.astype('float32')"),
     "number": ((jnp.inexact, jnp.integer), "of numbers: cast it, {}.astype('float32')"),
+    "any": ((jnp.inexact, jnp.integer, jnp.bool_), "of numbers or bool: cast it, {}.astype('float32')"),
 }
 """The kinds of arrays: the dtypes that belong to each, and what messages say of them."""
 

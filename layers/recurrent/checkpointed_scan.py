@@ -12,8 +12,9 @@ Reference: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; G
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,9 +26,11 @@ from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 from jaxtyping import PyTree
 
-from layers.core import compat
-from layers.core.blocks import block_size
+from layers.core import checks, compat
 from layers.recurrent.kept_carries import Step, keep_each
+
+STEPS = "[0, 2147483647]"
+"""How many steps there may be: XLA counts those of a loop in 32 bits."""
 
 
 def checkpointed_scan(
@@ -59,19 +62,28 @@ def checkpointed_scan(
         `(carry, ys)`, those of `jax.lax.scan`, of the same dtypes; a Python number in `init` is weakly typed, as there.
 
     Raises:
-        ValueError: where `budget` is too small for any way to cut n steps, or `length` is negative.
-        TypeError, ValueError: as `jax.lax.scan`.
+        ValueError: where `budget` is too small for any way to cut n steps, `length` is negative, or no number of steps is given.
+        TypeError, ValueError: where `f`, `init` and `xs` do not fit, as `jax.lax.scan`.
 
     Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
     """
+    who = "checkpointed_scan"
+    checks.function(who, "f", f)
+    _check_leaves(who, init=init, xs=xs)
+    reverse = checks.flag(who, "reverse", reverse)
+    length = int(length) if isinstance(length, float) and length.is_integer() else length  # as `jax.lax.scan` takes it
+    length, budget = checks.integer(who, "length", length, STEPS, optional=True), checks.integer(who, "budget", budget, "[1, inf)", optional=True)
+    if not isinstance(unroll, bool):
+        unroll = checks.integer(who, "unroll", unroll, "[1, inf)")
     shape = next(map(jnp.shape, jax.tree.leaves(xs)), (length,))
     steps = shape[0] if shape else None
-    if steps is None or is_symbolic_dim(steps):  # `jax.lax.scan` says what is missing
+    if steps is None:
+        raise ValueError(f"{who}: xs has no axis of steps and length is not given, but there must be one of them")
+    if is_symbolic_dim(steps):
         return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
-    if steps < 0:
-        raise ValueError(f"checkpointed_scan: length is {steps}, but must not be negative")
-    carry, ys = jax.eval_shape(partial(lax.scan, f, length=length, reverse=reverse), init, xs)
-    sizes = segment_sizes("checkpointed_scan", steps := int(steps), budget)
+    with _named(who, "f, init and xs"):
+        carry, ys = jax.eval_shape(partial(lax.scan, f, length=length, reverse=reverse), init, xs)
+    sizes = segment_sizes(who, steps, budget)
     if not steps or not jax.tree.leaves((carry, ys)):
         return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
     return _Cut(f, reverse, unroll)(_as_types(init, carry), jax.tree.map(jnp.asarray, xs), steps, sizes)
@@ -99,10 +111,14 @@ def checkpointed_while(
         ValueError: where `max_steps` is negative, or `budget` is too small.
         TypeError: as `jax.lax.while_loop`.
     """
-    if max_steps < 0:
-        raise ValueError(f"checkpointed_while: max_steps is {max_steps}, but must not be negative")
-    state = _as_types(init_val, jax.eval_shape(partial(lax.while_loop, cond_fun, body_fun), init_val))
-    sizes = segment_sizes("checkpointed_while", max_steps, budget)
+    who = "checkpointed_while"
+    checks.function(who, "cond_fun", cond_fun)
+    checks.function(who, "body_fun", body_fun)
+    _check_leaves(who, init_val=init_val)
+    max_steps, budget = checks.integer(who, "max_steps", max_steps, STEPS), checks.integer(who, "budget", budget, "[1, inf)", optional=True)
+    with _named(who, "cond_fun, body_fun and init_val"):
+        state = _as_types(init_val, jax.eval_shape(partial(lax.while_loop, cond_fun, body_fun), init_val))
+    sizes = segment_sizes(who, max_steps, budget)
     if not max_steps or not jax.tree.leaves(state):
         return state
 
@@ -114,12 +130,31 @@ def checkpointed_while(
     return _Cut(step, guard=cond_fun)(state, None, max_steps, sizes)[0]
 
 
+@contextlib.contextmanager
+def _named(who: str, what: str) -> Iterator[None]:
+    """Says whose the errors are that JAX has for functions and values that do not fit."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError):  # JAX's own, about a traced value
+            raise
+        raise type(error)(f"{who}: {what} do not fit: {error}") from error
+
+
+def _check_leaves(who: str, **trees: Any) -> None:
+    """Raises TypeError unless pytrees are of arrays, keys and numbers."""
+    for what, tree in trees.items():
+        for leaf in jax.tree.leaves(tree):
+            if not hasattr(leaf, "dtype") or not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+                checks.array(who, what, leaf, "any")
+
+
 def segment_sizes(name: str, steps: int, budget: int | None) -> tuple[int, ...]:
     """How often each level of segments is repeated, the outermost first: as few levels as `budget` allows, two without one."""
     if budget is None:
         return _two_levels(steps)
     levels = 1
-    while sum(sizes := _balanced(steps, levels)) > max(budget, 1):
+    while sum(sizes := _balanced(steps, levels)) > budget:
         if max(sizes) <= 2:
             raise ValueError(f"{name}: budget is {budget}, but {steps} steps need at least {sum(sizes)}: give more, or None for about 2 √n")
         levels += 1
@@ -130,8 +165,10 @@ def _balanced(steps: int, levels: int) -> tuple[int, ...]:
     """About equal sizes whose product is at least `steps`, and `steps` itself where a near divisor allows it."""
     if levels == 1 or steps <= 1:
         return (steps,)
-    segment = block_size(steps, math.ceil(steps ** ((levels - 1) / levels) - 1e-9))
-    return (-(-steps // segment), *_balanced(segment, levels - 1))
+    segment = math.ceil(steps ** ((levels - 1) / levels) - 1e-9)
+    count = -(-steps // segment)
+    count = next((n for n in range(count, 2 * count) if steps % n == 0), count)
+    return (count, *_balanced(-(-steps // count), levels - 1))
 
 
 def _two_levels(steps: int) -> tuple[int, ...]:

@@ -6,22 +6,16 @@ Within a chunk that starts from the state S,
 
     out_i = scale (q_i exp(Σ_{t≤i} g_t))ᵀ S + scale Σ_{j≤i} w_ij v_j,   w_ij = Σ_feature q_i k_j exp(Σ_{j<t≤i} g_t)
 
-The pairs j < i are taken by halves: a block of 2 m steps is two of m, and for i in the second half and j in the first
+The pairs j < i are taken by halves (`halves.py`): for i in the second half of a block and j in the first
 
-    w_ij = (q_i exp(up_i))ᵀ (k_j exp(down_j)),   up_i = Σ g_t from the second half's start to i,   down_j = Σ g_t from j + 1 to the first one's end
+    w_ij = (q_i exp(up_i))ᵀ (k_j exp(down_j))
 
-a product of two matrices. The blocks of 1, 2, 4, ... steps have every pair once. All exponents are sums of some g_t, never differences of
-sums, so none is positive where g is not, and a g of -50 or -inf beside small ones costs no digits and no derivative.
+is a product of two matrices. The state after the chunk is exp(Σ_t g_t) S + Σ_j (k_j exp(Σ_{j<t} g_t)) v_jᵀ: its second term and all w_ij need no
+state, and are computed for as many chunks at once as the machine wants (`chunks.py`), which also says what backward does.
 
-Backward takes the chunks from the last to the first, computes each again from the state it starts from, and pulls dout and the gradient of
-the state after it back through it:
+Saved: q, k, v, g (arguments) and the state at the start of each span of chunks.
 
-    dS_start, dq, dk, dv, dg = pull of the chunk (dS_end, dout)
-
-Saved: q, k, v, g (arguments) and the state at the start of each chunk.
-
-Reference: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023; the halving is that of the parallel
-prefix sum, Blelloch, "Prefix Sums and Their Applications", 1990.
+Reference: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023.
 """
 
 from __future__ import annotations
@@ -30,119 +24,95 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from layers.core.checks import check_floating
+from layers.core import checks
 from layers.core.function import Function
 from layers.core.numerics import scaled, wide
 from layers.core.products import einsum
 from layers.core.recompute import barrier
 from layers.core.zeros import lie_like
-from layers.recurrent.loops import cut, fold_chunks, put
+from layers.recurrent.arguments import check_attention, check_chunk_size
+from layers.recurrent.chunks import Chunks, over_chunks, pull_chunks, run_chunks
+from layers.recurrent.gates import visible
+from layers.recurrent.halves import Runs, add_shares, by_chunk, decays, faded, padded, pair_products, weighted_sums
+from layers.recurrent.segments import check_segment_ids, runs_of
 
 Rows = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 class GatedLinearAttentionFunction(Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, initial, scale, chunk):
-        out, last, starts = _forward((q, k, v, g), initial, scale, chunk)
-        ctx.save_for_backward((q, k, v, g), initial, starts)
-        ctx.scale, ctx.chunk = scale, chunk
+    def forward(ctx, q, k, v, g, initial, runs, scale, chunks):
+        out, last, starts = _forward((q, k, v, g), initial, runs, scale, chunks)
+        ctx.save_for_backward((q, k, v, g), initial, runs, starts)
+        ctx.scale, ctx.chunks = scale, chunks
         return out, last
 
     @staticmethod
     def backward(ctx, dout, dlast):
-        (rows, initial, starts), (dout, dlast) = barrier(ctx.saved_tensors, (dout, dlast))
-
-        def step(carry, start, size, state):
-            dstate, buffers = carry
-            pull = jax.vjp(lambda s, *r: _chunk(s, r, ctx.scale), state, *_cut(rows, start, size, state.dtype))[1]
-            dstate, *grads = pull((dstate, _heads_first(cut(dout, start, size, state.dtype))))
-            return (dstate, [put(into, _time_first(x), start) for into, x in zip(buffers, grads, strict=True)]), None
-
-        carry = (dlast, [lie_like(jnp.zeros_like(x), x) for x in rows])
-        (dinitial, grads), _ = fold_chunks(step, carry, dout.shape[1], ctx.chunk, starts, reverse=True, beside=(rows, dout))
-        return *grads, None if initial is None else dinitial, None, None
+        (rows, initial, runs, starts), (dout, dlast) = barrier(ctx.saved_tensors, (dout, dlast))
+        dinitial, _, grads = pull_chunks(_body(ctx.scale), (), rows, runs, starts, dout, dlast, ctx.chunks)
+        return *grads, None if initial is None else dinitial, None, None, None
 
     @staticmethod
-    def jvp(ctx, dq, dk, dv, dg, dinitial, _scale, _chunk):
-        rows, initial, _ = ctx.saved_tensors
-        run = lambda rows, initial: _forward(rows, initial, ctx.scale, ctx.chunk)[:2]
+    def jvp(ctx, dq, dk, dv, dg, dinitial, _runs, _scale, _chunks):
+        rows, initial, runs, _ = ctx.saved_tensors
+        run = lambda rows, initial: _forward(rows, initial, runs, ctx.scale, ctx.chunks)[:2]
         return jax.jvp(run, (rows, initial), ((dq, dk, dv, dg), dinitial))[1]
 
     @staticmethod
     def example(key, dtype):
         shapes = (1, 5, 1, 2), (1, 5, 1, 2), (1, 5, 1, 3), (1, 5, 1, 2), (1, 1, 2, 3)
         q, k, v, g, initial = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 5), shapes, strict=True))
-        return q, k, v, -jnp.abs(g), initial, 0.7, 2
+        return q, k, v, -jnp.abs(g), initial, jnp.array([[0, 0, 1, 1, 2]]), 0.7, Chunks(2, 2)
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
-    """(time, batch, heads, ...) as (batch, heads, time, ...)."""
-    return jnp.moveaxis(x, 0, 2)
-
-
-def _time_first(x: jax.Array) -> jax.Array:
-    return jnp.moveaxis(x, 2, 0)
-
-
-def _cut(rows: Rows, start: Any, size: int, dtype: Any) -> Any:
-    return tuple(_heads_first(cut(x, start, size, dtype)) for x in rows)
-
-
-def _forward(rows: Rows, initial: Any, scale: float, chunk: int) -> tuple[jax.Array, jax.Array, Any]:
-    """The output, the last state, and the state at the start of each chunk."""
+def _forward(rows: Rows, initial: Any, runs: Any, scale: float, chunks: Chunks) -> tuple[jax.Array, jax.Array, Any]:
+    """The output, the last state, and the state at the start of each span."""
     q, _, v, _ = rows
+    batch, _, heads, features = q.shape
     dtype = wide(q.dtype)
-
-    def step(carry, start, size, _):
-        state, out = carry
-        after, y = _chunk(state, _cut(rows, start, size, dtype), scale)
-        return (after, put(out, _time_first(y), start)), state
-
-    batch, length, heads, features = q.shape
     state = lie_like(jnp.zeros((batch, heads, features, v.shape[3]), dtype), q[:, 0]) if initial is None else initial.astype(dtype)
-    carry = (state, lie_like(jnp.zeros_like(v, q.dtype), v))
-    (state, out), starts = fold_chunks(step, carry, length, chunk, beside=(rows, state))
-    return out, state, starts
+    return run_chunks(_body(scale), (), rows, runs, state, lie_like(jnp.zeros_like(v, q.dtype), v), chunks)
 
 
-def _chunk(state: jax.Array, rows: Any, scale: float) -> tuple[jax.Array, jax.Array]:
-    """The state after a chunk of (batch, heads, time, features), and its output.
+def _body(scale: float) -> Any:
+    """A span of chunks: the state after it, and its output.
 
     What fades most is the least, and is added first: to the output the share of the state, then those of blocks from the largest on. In the
     gradient of the state the last step comes first, which is what the flips are for.
     """
-    size = rows[0].shape[2]
-    padded = 1 << (size - 1).bit_length()
-    q, k, v, g = (jnp.pad(x, ((0, 0), (0, 0), (0, padded - size), (0, 0))) for x in rows)
-    shares, up, down, half = [], g, jnp.zeros_like(g), 1
-    while half < padded:
-        (_, q2), (k1, _), (v1, _), (up1, up2), (down1, down2) = (_halves(x, half) for x in (q, k, v, up, down))
-        weights = einsum("bhnik,bhnjk->bhnij", q2 * jnp.exp(up2), k1 * jnp.exp(down1))
-        shares.append(einsum("bhnij,bhnjv->bhniv", weights, v1))
-        up, down = _whole(up1, up2 + up1[..., -1:, :]), _whole(down1 + up2[..., -1:, :], down2)
-        half *= 2
-    out = jnp.flip(einsum("bhtk,bhkv->bhtv", jnp.flip(q * jnp.exp(up), 2), state), 2)
-    while shares:
-        share = shares.pop()
-        out1, out2 = _halves(out, share.shape[3])
-        out = _whole(out1, out2 + share)
-    out = out + (q * k).sum(-1, keepdims=True) * v
-    fade = jnp.exp(up[..., -1, :])[..., None]
-    state = fade * state + einsum("bhtk,bhtv->bhkv", k * jnp.exp(down), v)
-    return state, scale * out[:, :, :size]
+
+    def body(state: jax.Array, _: Any, rows: Any, runs: Runs | None, chunk: int) -> tuple[jax.Array, jax.Array]:
+        time = rows[0].shape[1]
+        q, k, v, g = (padded(jnp.moveaxis(x, 1, 2), chunk) for x in rows)
+        d = decays(g, runs, chunk)
+        shares = []
+        for level in d.levels:
+            weights = pair_products(level.later(q) * jnp.exp(level.up), level.earlier(k) * jnp.exp(level.down))
+            shares.append(visible(weighted_sums(weights, level.earlier(v)), level.second))
+        added = einsum("bhntk,bhntv->bhnkv", by_chunk(faded(k, d.down, d.until), chunk), by_chunk(visible(v, d.until), chunk))
+        until_end = by_chunk(d.up, chunk)[:, :, :, -1, :, None]
+        goes_on = None if d.since is None else by_chunk(d.since, chunk)[:, :, :, -1, :, None]
+
+        def step(state: jax.Array, now: Any) -> tuple[jax.Array, jax.Array]:
+            power, keep, more = now
+            return faded(state, power, keep) + more, state
+
+        state, states = over_chunks(step, state, (until_end, goes_on, added))
+        queries = jnp.flip(by_chunk(faded(q, d.up, d.since), chunk), 3)
+        out = jnp.flip(einsum("bhntk,bhnkv->bhntv", queries, states), 3).reshape(v.shape)
+        out = add_shares(visible(out, d.since), shares) + (q * k).sum(-1, keepdims=True) * v
+        return state, jnp.moveaxis(scale * out[:, :, :time], 2, 1)
+
+    return body
 
 
-def _halves(x: jax.Array, half: int) -> jax.Array:
-    """(batch, heads, time, ...) as the first and the second halves of its blocks of 2 `half` steps, (2, batch, heads, blocks, half, ...)."""
-    return jnp.moveaxis(x.reshape(*x.shape[:2], -1, 2, half, x.shape[-1]), 3, 0)
-
-
-def _whole(first: jax.Array, second: jax.Array) -> jax.Array:
-    """The inverse of `_halves`."""
-    return jnp.stack([first, second], 3).reshape(*first.shape[:2], -1, first.shape[-1])
+def _step_bytes(batch: int, heads: int, features: int, values: int, chunk: int) -> int:
+    """What backward holds of each step: for each level the decayed queries and keys and their sums of g, the values and the weights."""
+    levels = max(chunk.bit_length() - 1, 1)
+    return 4 * batch * heads * (levels * (4 * features + 2 * values) + chunk + 8 * (features + values))
 
 
 def gated_linear_attention(
@@ -155,6 +125,7 @@ def gated_linear_attention(
     initial_state: Float[Array, "batch heads features values"] | None = None,
     return_state: bool = False,
     chunk_size: int = 64,
+    segment_ids: Int[Array, "batch time"] | None = None,
 ) -> Any:
     """Reads out_t = scale q_tᵀ S_t from the state S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ, causally, in time linear in the length.
 
@@ -166,37 +137,25 @@ def gated_linear_attention(
         scale: multiplies the output, a number or scalar array, which has a gradient; None for 1 / sqrt(features).
         initial_state: the state before the first step; None for zeros.
         return_state: whether to return the state after the last step too.
-        chunk_size: steps between two states that are kept, a power of 2.
+        chunk_size: steps whose pairs are taken as products of matrices, a power of 2.
+        segment_ids: packed sequences: where the id changes from one step to the next, the state starts again from 0; the first sequence starts
+            from `initial_state`.
 
     Returns:
         An array of the shape of `v` and the dtype of `q`; with `return_state` also the last state, of float32 or wider.
 
     Raises:
         ValueError: where shapes do not fit, or `chunk_size` is no power of 2.
-        TypeError: where an argument is not of a real floating-point dtype.
+        TypeError: where an argument is not of a real floating-point dtype, or `segment_ids` not of integers.
 
     Reference: Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2023.
     """
-    q, k, v, g = (jnp.asarray(x) for x in (q, k, v, g))
-    initial = None if initial_state is None else jnp.asarray(initial_state)
-    _check(q, k, v, g, initial, chunk_size)
-    q, scale = scaled(q, scale)
-    out, state = GatedLinearAttentionFunction.apply(q, k, v, g, initial, scale, chunk_size)
-    return (out, state) if return_state else out
-
-
-def _check(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, initial: Any, chunk_size: int) -> None:
-    name = "gated_linear_attention"
-    check_floating(name, q=q, k=k, v=v, g=g, initial_state=initial)
-    if q.ndim != 4:
-        raise ValueError(f"{name}: q has shape {q.shape}, but must be (batch, time, heads, features); use jax.vmap for further axes")
+    who = "gated_linear_attention"
+    q, k, v, g, scale, initial = check_attention(who, q, k, v, scale, initial_state, by_feature={"g": g})
+    keep, chunk_size = checks.flag(who, "return_state", return_state), check_chunk_size(who, chunk_size)
     batch, _, heads, features = q.shape
-    for key, x in {"k": k, "g": g}.items():
-        if x.shape != q.shape:
-            raise ValueError(f"{name}: {key} has shape {x.shape}, but must have that of q, {q.shape}")
-    if v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(f"{name}: v has shape {v.shape}, but must have that of q but for the last axis (q: {q.shape})")
-    if initial is not None and initial.shape != (batch, heads, features, v.shape[3]):
-        raise ValueError(f"{name}: initial_state has shape {initial.shape}, but must have shape {(batch, heads, features, v.shape[3])}")
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"{name}: chunk_size is {chunk_size}, but must be a power of 2: the halves of a chunk are halved again")
+    runs = runs_of(check_segment_ids(who, segment_ids, q.shape[:2], "(batch, time)", q=q))
+    q, scale = scaled(q, scale)
+    chunks = Chunks.of(chunk_size, q.shape[1], _step_bytes(batch, heads, features, v.shape[3], chunk_size))
+    out, state = GatedLinearAttentionFunction.apply(q, k, v, g, initial, runs, scale, chunks)
+    return (out, state) if keep else out

@@ -72,6 +72,10 @@ class Plan:
         step = self._first(x, start, size) + jnp.arange(size)[:, None, None]
         return (jnp.flip(step, 0) if self.reverse else step) < lengths[:, None]
 
+    def restarts(self, resets: Any, start: Any, size: int) -> Any:
+        """(time, batch, 1) of a chunk: whether a packed sequence starts at a step; None where all is one."""
+        return None if resets is None else self.cut(resets, start, size)
+
     @property
     def _axis(self) -> int:
         return 0 if self.time_major else 1

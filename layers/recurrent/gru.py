@@ -9,7 +9,7 @@ with W the input kernel and R the recurrent kernel. Going back in time, with dh 
     da = (dr, dz, dn),   du = (dr, dz, r dn),   dh' = dh z + du Rᵀ                            (what goes on to step t - 1)
 
 The rest needs no loop over steps: dx = da Wᵀ, dW = Σ x_tᵀ da, dR = Σ h_{t-1}ᵀ du, dbias = Σ da, drecurrent_bias = Σ du, one product each for a
-chunk of time. A step beyond the length of its sequence hands on h and dh as they are.
+chunk of time. A step beyond the length of its sequence hands on h and dh as they are. Where a packed sequence starts, h_{t-1} and dh' are 0.
 
 Saved: the arguments, h (which is the output), and h before each chunk. From these, the gates of a chunk are one product of x and the states h
 before each step. With `save="gates"`, also r, z, n and u_n of every step, which spares backward that product.
@@ -36,74 +36,76 @@ from layers.core.zeros import lie_like
 from layers.recurrent.gates import Plan, add_bias, add_wanted, gate_products, hold, product, summed_product, visible, zero_sums
 from layers.recurrent.loops import fold_chunks, scan
 from layers.recurrent.recurrence import before
-from layers.recurrent.sequences import prepare
+from layers.recurrent.segments import restart
+from layers.recurrent.sequences import KERNELS, prepare
 from layers.recurrent.whole_sequences import KnownCell, WholeSequences
 
 
 class GRUFunction(Function):
     @staticmethod
-    def forward(ctx, x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, plan):
-        y, h, kept = _run(x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, plan=plan)
-        ctx.save_for_backward(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, y, kept)
+    def forward(ctx, x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, resets, plan):
+        y, h, kept = _run(x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, resets, plan=plan)
+        ctx.save_for_backward(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, resets, y, kept)
         ctx.plan = plan
         return y, h
 
     @staticmethod
     def backward(ctx, dy, dh):
         saved, grads = barrier(ctx.saved_tensors, (dy, dh))
-        return *_run_back(*saved, *grads, plan=ctx.plan, needs=ctx.needs_input_grad), None, None
+        return *_run_back(*saved, *grads, plan=ctx.plan, needs=ctx.needs_input_grad), None, None, None
 
     @staticmethod
     def example(key, dtype):
         shapes = (2, 4, 3), (3, 6), (2, 6), (6,), (6,), (2, 2)
         arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 6), shapes, strict=True)]
-        return *arrays, jnp.array([4, 3]), Plan(steps=2, reverse=True)
+        return *arrays, jnp.array([4, 3]), jnp.array([[[0], [1], [0], [0]]] * 2, bool), Plan(steps=2, reverse=True)
 
 
 @partial(jit, static_argnames="plan")
-def _run(x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, *, plan: Plan):
+def _run(x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, resets, *, plan: Plan):
     """The outputs, the last state, and for each chunk the state before it and the gates if they are to be kept."""
 
     def step(h, now):
-        a, keep = now
-        u = jnp.split(add_bias(product(h, recurrent_kernel), recurrent_bias), 3, -1)
+        a, keep, reset = now
+        last = restart(reset, h)
+        u = jnp.split(add_bias(product(last, recurrent_kernel), recurrent_bias), 3, -1)
         _, z, n, _ = activated = _activate(a, u)
-        after = hold(keep, ((1 - z) * n + z * h).astype(h.dtype), h)
+        after = hold(keep, ((1 - z) * n + z * last).astype(h.dtype), h)
         return after, (after, plan.kept(activated, recurrent_kernel.dtype))
 
     def chunk(carry, start, size, _):
         before, outputs = carry
-        keep = plan.keep(x, lengths, start, size)
+        keep, reset = plan.keep(x, lengths, start, size), plan.restarts(resets, start, size)
         a = gate_products(visible(plan.cut(x, start, size), keep), input_kernel, bias, 3)
-        after, (states, activated) = scan(step, before, (a, keep), beside=(recurrent_kernel, recurrent_bias))
+        after, (states, activated) = scan(step, before, (a, keep, reset), beside=(recurrent_kernel, recurrent_bias))
         return (after, plan.put(outputs, states, start)), (before, activated)
 
     carry = h, lie_like(jnp.zeros((*x.shape[:2], h.shape[-1]), h.dtype), x)
-    beside = x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths
+    beside = x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, resets
     (h, outputs), kept = fold_chunks(chunk, carry, plan.time(x), plan.steps, beside=beside)
     return outputs, h, kept
 
 
 @partial(jit, static_argnames=("plan", "needs"))
-def _run_back(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, y, kept, dy, dh, *, plan: Plan, needs: tuple[bool, ...]):
+def _run_back(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, resets, y, kept, dy, dh, *, plan: Plan, needs: tuple[bool, ...]):
     """The gradients of x, both kernels, both biases and the state."""
     dtype, back_kernel = wide(y.dtype), recurrent_kernel.T
 
     def step(dh, now):
-        dy, (r, z, n, u), h, keep = now
+        dy, (r, z, n, u), h, keep, reset = now
         dh = dh + dy.astype(dtype)
         dn = dh * (1 - z) * (1 - n * n)
         da = visible(jnp.concatenate([dn * u * r * (1 - r), dh * (h - n) * z * (1 - z), dn], -1), keep)
-        return hold(keep, dh * z + product(_recurrent(da, r), back_kernel).astype(dtype), dh), da
+        return hold(keep, restart(reset, dh * z + product(_recurrent(da, r), back_kernel).astype(dtype)), dh), da
 
     def chunk(carry, start, size, kept):
         (dh, sums, into), (h_start, activated) = carry, kept
-        keep = plan.keep(x, lengths, start, size)
-        inputs, h = visible(plan.cut(x, start, size), keep), before(h_start, plan.cut(y, start, size))
+        keep, reset = plan.keep(x, lengths, start, size), plan.restarts(resets, start, size)
+        inputs, h = visible(plan.cut(x, start, size), keep), restart(reset, before(h_start, plan.cut(y, start, size)))
         if activated is None:
             activated = _activate(gate_products(inputs, input_kernel, bias, 3), gate_products(h, recurrent_kernel, recurrent_bias, 3))
         activated = jax.tree.map(lambda a: a.astype(dtype), activated)
-        dh, da = scan(step, dh, (plan.cut(dy, start, size), activated, h.astype(dtype), keep), reverse=True, beside=back_kernel)
+        dh, da = scan(step, dh, (plan.cut(dy, start, size), activated, h.astype(dtype), keep, reset), reverse=True, beside=back_kernel)
         du = _recurrent(da, activated[0])
         kernels = (lambda: summed_product(inputs, da, input_kernel), lambda: summed_product(h, du, recurrent_kernel))
         sums = add_wanted(sums, (*kernels, lambda: da.sum((0, 1)), lambda: du.sum((0, 1))))
@@ -112,7 +114,7 @@ def _run_back(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, 
 
     sums = zero_sums((input_kernel, recurrent_kernel, bias, recurrent_bias), needs[1:5])
     carry = dh.astype(dtype), sums, lie_like(jnp.zeros_like(x), x) if needs[0] else None
-    beside = x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, y, dy
+    beside = x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, resets, y, dy
     (dh, sums, dx), _ = fold_chunks(chunk, carry, plan.time(x), plan.steps, kept, reverse=True, beside=beside)
     return dx, *sums, dh
 
@@ -139,6 +141,7 @@ def gru(
     *,
     initial_carry: Float[Array, "*batch hidden"] | None = None,
     seq_lengths: Int[Array, "*batch"] | None = None,
+    segment_ids: Int[Array, "*batch time"] | None = None,
     reverse: bool = False,
     time_major: bool = False,
     dtype: Any = None,
@@ -154,6 +157,8 @@ def gru(
         recurrent_bias: is added to the product with `recurrent_kernel`, before r multiplies it: PyTorch's `bias_hh`, which Flax does not have.
         initial_carry: the state before the first step; zeros by default.
         seq_lengths: steps from there on are padding: the state stays as it is, is the output there, and x gets no gradient, whatever it holds.
+        segment_ids: packed sequences, (*batch, time), or (time, *batch) with `time_major`: where the id changes from one step to the next, the state
+            starts again from zeros; the first sequence that is run starts from `initial_carry`.
         reverse: runs from the last step of each sequence to the first. Outputs keep the order of `x`.
         time_major: whether the time axis of `x` and of the outputs is the first one.
         dtype: of the matrix products; by default that which all arrays promote to.
@@ -165,18 +170,26 @@ def gru(
 
     Raises:
         ValueError: where shapes do not fit, or for an unknown `save`.
-        TypeError: where arrays are not of a floating-point dtype, or lengths not of integers.
+        TypeError: where arrays are not of a floating-point dtype, or lengths or ids not of integers.
 
     Reference: Cho et al., 2014; layout of the gates: `flax.nnx.GRUCell`.
     """
-    kernels = {"input_kernel": input_kernel, "recurrent_kernel": recurrent_kernel}
-    biases = {"bias": bias, "recurrent_bias": recurrent_bias}
     options: dict[str, Any] = {"reverse": reverse, "time_major": time_major, "dtype": dtype, "save": save}
+    parameters = (input_kernel, recurrent_kernel, bias, recurrent_bias)
+    return run_gru("gru", x, parameters, initial_carry, seq_lengths, segment_ids, **options)
+
+
+def run_gru(
+    who: str, x: Any, parameters: Sequence[Any], initial_carry: Any, seq_lengths: Any, segment_ids: Any, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`gru` of its kernels and one bias or both, whose errors are those of `who`."""
+    bias, *more = parameters[2:]
+    kernels, biases = dict(zip(KERNELS, parameters[:2], strict=True)), {"bias": bias, "recurrent_bias": more[0] if more else None}
     carry = None if initial_carry is None else (initial_carry,)
-    s = prepare("gru", x, kernels, biases, carry, seq_lengths, gates=3, states=1, **options)
+    s = prepare(who, x, kernels, biases, carry, seq_lengths, segment_ids, gates=3, states=1, **options)
     if not s.time:
         return s.no_steps(), s.states(*s.carry)[0]
-    y, h = GRUFunction.apply(s.x, *s.parameters, *s.carry, s.lengths, s.plan)
+    y, h = GRUFunction.apply(s.x, *s.parameters, *s.carry, s.lengths, s.resets, s.plan)
     return s.outputs(y), s.states(h)[0]
 
 
@@ -193,7 +206,7 @@ class GRU(WholeSequences):
         **cell_options: the other arguments of `flax.nnx.GRUCell`: dtype, param_dtype, kernel_init, ...
     """
 
-    cells: ClassVar[dict[type, KnownCell]] = {nnx.GRUCell: KnownCell(gru, ("dense_i",), ("dense_h",), ("dense_i",))}
+    cells: ClassVar[dict[type, KnownCell]] = {nnx.GRUCell: KnownCell(run_gru, ("dense_i",), ("dense_h",), ("dense_i",))}
 
     def __init__(
         self,
@@ -208,6 +221,7 @@ class GRU(WholeSequences):
         rngs: nnx.Rngs,
         **cell_options: Any,
     ):
+        in_features, hidden_features, save = self.cell_options(in_features, hidden_features, save, cell_options)
         cell = nnx.GRUCell(in_features, hidden_features, rngs=rngs, **cell_options)
         super().__init__(cell, time_major=time_major, return_carry=return_carry, reverse=reverse, keep_order=keep_order)
         self.save = save

@@ -1,9 +1,9 @@
 """The Mamba block: a causal convolution, a selective scan whose parameters the input chooses, and a gate.
 
-    x, z = split(in_proj(input)),   x = silu(causal_conv1d(x)),   delta, B, C = split(x_proj(x))
+    x, z = split(in_proj(input)),   x = short_convolution(x, conv1d, silu),   delta, B, C = split(x_proj(x))
     out = out_proj(selective_scan(x, dt_proj(delta), -exp(A_log), B, C, D, z=z, softplus))
 
-Saved: as autodiff does for the projections, and as `selective_scan` does for the scan: one state in `CHUNK`, where autodiff keeps each.
+Saved: as autodiff does for the projections, and as `short_convolution` and `selective_scan` do: one state in `CHUNK`, where autodiff keeps each.
 
 Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, section 3.4; parameters, their names and
 their initial values are those of the block of its authors, kernels laid out as Flax does.
@@ -17,10 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from layers.core import checks
 from layers.core.products import matmul
+from layers.recurrent.segments import check_segment_ids
 from layers.recurrent.selective_scan import selective_scan
+from layers.recurrent.short_convolution import short_convolution
 
 
 class MambaState(NamedTuple):
@@ -53,6 +56,10 @@ class Mamba(nnx.Module):
         dtype: what is computed in; None for that of inputs and parameters.
         param_dtype: of the parameters.
         rngs: draws the parameters.
+
+    Raises:
+        ValueError: for a size, a rank or a step size out of range, or an unknown `dt_init`.
+        TypeError: for an argument of another type.
     """
 
     def __init__(
@@ -74,12 +81,20 @@ class Mamba(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if dt_init not in ("random", "constant"):
-            raise ValueError(f"Mamba: dt_init is {dt_init!r}, but must be 'random' or 'constant'")
-        if isinstance(dt_rank, str) and dt_rank != "auto":
-            raise ValueError(f"Mamba: dt_rank is {dt_rank!r}, but must be a number or 'auto'")
+        sizes = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "expand": expand}
+        d_model, d_state, d_conv, expand = (checks.integer("Mamba", key, size, "[1, 2147483647]") for key, size in sizes.items())
+        dt_min, dt_max, dt_scale = (
+            checks.number("Mamba", key, value, "(0, inf)") for key, value in (("dt_min", dt_min), ("dt_max", dt_max), ("dt_scale", dt_scale))
+        )
+        if dt_min > dt_max:
+            raise ValueError(f"Mamba: dt_min is {dt_min}, but must be at most dt_max, {dt_max}")
+        dt_init = checks.choice("Mamba", "dt_init", dt_init, ("random", "constant"))
+        dt_init_floor = checks.number("Mamba", "dt_init_floor", dt_init_floor, "[0, inf)")
+        conv_bias, use_bias = checks.flag("Mamba", "conv_bias", conv_bias), checks.flag("Mamba", "use_bias", use_bias)
+        dtype = checks.dtype("Mamba", "dtype", dtype)
+        param_dtype = checks.dtype("Mamba", "param_dtype", param_dtype, optional=False)
         self.d_inner, self.d_state, self.d_conv = expand * d_model, d_state, d_conv
-        self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        self.dt_rank = _rank(dt_rank, d_model)
         self.dtype = dtype
 
         def linear(inputs: int, outputs: int, use_bias: bool, **options: Any) -> nnx.Linear:
@@ -114,7 +129,12 @@ class Mamba(nnx.Module):
         self.out_proj = linear(self.d_inner, d_model, use_bias)
 
     def __call__(
-        self, inputs: Float[Array, "batch time d_model"], state: MambaState | None = None, *, return_state: bool = False
+        self,
+        inputs: Float[Array, "batch time d_model"],
+        state: MambaState | None = None,
+        *,
+        return_state: bool = False,
+        segment_ids: Int[Array, "batch time"] | None = None,
     ) -> Float[Array, "batch time d_model"] | tuple[Float[Array, "batch time d_model"], MambaState]:
         """Applies the block.
 
@@ -122,19 +142,33 @@ class Mamba(nnx.Module):
             inputs: a sequence, or the next part of one, down to a single step.
             state: what an earlier call returned for the part before; None at the start.
             return_state: whether to return the state for the part after.
+            segment_ids: packed sequences: where the id changes from one step to the next, nothing before is seen; the first sequence goes on from
+                `state`.
 
         Returns:
             An array of the shape of `inputs`; with `return_state` also a `MambaState`.
 
         Raises:
-            ValueError: where `inputs` is not (batch, time, d_model).
+            ValueError: where `inputs` is not (batch, time, d_model), or `segment_ids` not (batch, time).
+            TypeError: where `inputs` is not of a real floating-point dtype, or `segment_ids` not of integers.
         """
+        inputs = checks.array("Mamba", "inputs", inputs)
         if inputs.ndim != 3 or inputs.shape[2] != self.in_proj.in_features:
             raise ValueError(f"Mamba: inputs have shape {inputs.shape}, but must be (batch, time, {self.in_proj.in_features})")
+        return_state = checks.flag("Mamba", "return_state", return_state)
+        self._check_state(state, inputs)
+        check_segment_ids("Mamba", segment_ids, inputs.shape[:2], "(batch, time)", inputs=inputs)
         x, z = jnp.split(self.in_proj(inputs), 2, -1)
-        before = jnp.zeros((x.shape[0], self.d_conv - 1, self.d_inner), x.dtype) if state is None else state.conv.astype(x.dtype)
-        window = jnp.concatenate([before, x], 1)
-        x = jax.nn.silu(self._convolve(window, x.shape[1]))
+        conv1d = self.conv1d
+        x, conv = short_convolution(
+            x,
+            conv1d.kernel[...][:, 0],
+            None if conv1d.bias is None else conv1d.bias[...],
+            activation="silu",
+            initial_state=None if state is None else state.conv,
+            return_state=True,
+            segment_ids=segment_ids,
+        )
         rate, b, c = jnp.split(self.x_proj(x), [self.dt_rank, self.dt_rank + self.d_state], -1)
         kernel, bias = self.dt_proj.kernel[...], self.dt_proj.bias
         y, ssm = selective_scan(
@@ -149,15 +183,27 @@ class Mamba(nnx.Module):
             delta_softplus=True,
             initial_state=None if state is None else state.ssm,
             return_last_state=True,
+            segment_ids=segment_ids,
         )
         out = self.out_proj(y)
-        return (out, MambaState(window[:, window.shape[1] - self.d_conv + 1 :], ssm)) if return_state else out
+        return (out, MambaState(conv, ssm)) if return_state else out
 
-    def _convolve(self, window: jax.Array, length: int) -> jax.Array:
-        """The depthwise convolution as sums of shifted products, which XLA fuses, of a window with d_conv - 1 steps more."""
-        kernel = self.conv1d.kernel[...].astype(window.dtype)
-        y = sum((window[:, i : i + length] * kernel[i, 0] for i in range(self.d_conv)), jnp.zeros((), window.dtype))
-        return y if self.conv1d.bias is None else y + self.conv1d.bias[...].astype(window.dtype)
+    def _check_state(self, state: Any, inputs: jax.Array) -> None:
+        if state is None:
+            return
+        if not isinstance(state, MambaState):
+            raise TypeError(f"Mamba: state is {checks.shown(state)}, but must be a MambaState, what a call with return_state=True returns")
+        sizes = {"conv": (self.d_conv - 1, self.d_inner), "ssm": (self.d_inner, self.d_state)}
+        for key, rest in sizes.items():
+            x = checks.array("Mamba", f"state.{key}", getattr(state, key))
+            checks.shape("Mamba", f"state.{key}", x, (len(inputs), *rest), "(batch, ...)", inputs=inputs)
+
+
+def _rank(dt_rank: Any, d_model: int) -> int:
+    if isinstance(dt_rank, str):
+        checks.choice("Mamba", "dt_rank", dt_rank, ("auto",))
+        return math.ceil(d_model / 16)
+    return checks.integer("Mamba", "dt_rank", dt_rank, "[1, 2147483647]")
 
 
 def _uniform(bound: float) -> nnx.Initializer:

@@ -16,6 +16,8 @@ class RNN(WholeSequences):
 
     Attributes:
         save: as in `lstm` and `gru`.
+
+    A call takes `segment_ids` too, as `lstm` and `gru` do, where the cell is one of those.
     """
 
     cells = LSTM.cells | GRU.cells

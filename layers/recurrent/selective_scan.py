@@ -13,7 +13,7 @@ Backward  dy_t = silu(z_t) dout_t,   dz_t = y_t silu'(z_t) dout_t,   dD = Σ u_t
 
 Saved: the arguments and the state at the start of every chunk of `CHUNK` steps. Backward computes the states of a chunk again, so that the
 states of the whole sequence, `state` times the size of u, are nowhere at once. States lie as (batch, state, features): sums over states are
-then sums of rows.
+then sums of rows. Where a packed sequence starts, exp(d_t A) h_{t-1} and its gradient are 0.
 
 Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, section 3.3.
 """
@@ -24,16 +24,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from layers.core.checks import check_floating
+from layers.core import checks
+from layers.core.elementwise import SILU
 from layers.core.function import Function
 from layers.core.machine import choose, on_accelerator
 from layers.core.numerics import wide
 from layers.core.products import einsum
 from layers.core.recompute import barrier
+from layers.recurrent.arguments import check_axes, check_ndim
 from layers.recurrent.loops import cut, fold_chunks, put, scan
 from layers.recurrent.recurrence import before, run, run_back
+from layers.recurrent.segments import check_segment_ids, resets_of, restart
 
 CHUNK, FAR_CHUNK = 32, 256
 """Steps between two states that are kept: on a CPU the states of a chunk stay in a core's cache, on an accelerator they are computed together."""
@@ -63,39 +66,41 @@ class _Chunk(NamedTuple):
     b: jax.Array
     c: jax.Array
     z: Any
+    resets: Any
 
     @staticmethod
-    def of(x: Inputs, start: Any, size: int, softplus: bool) -> _Chunk:
+    def of(x: Inputs, resets: Any, start: Any, size: int, softplus: bool) -> _Chunk:
         dtype = wide(x.u.dtype)
         u, raw, b, c = (cut(v, start, size, dtype) for v in (x.u, x.delta, x.b, x.c))
         raw = raw if x.bias is None else raw + x.bias.astype(dtype)
         rate = jax.nn.softplus(raw) if softplus else raw
-        return _Chunk(u, raw, rate, rate * u, b, c, None if x.z is None else cut(x.z, start, size, dtype))
+        z = None if x.z is None else cut(x.z, start, size, dtype)
+        return _Chunk(u, raw, rate, rate * u, b, c, z, None if resets is None else cut(resets, start, size, bool)[..., None, None])
 
 
 class SelectiveScanFunction(Function):
     @staticmethod
-    def forward(ctx, u, delta, a, b, c, d, z, bias, initial, softplus, chunk):
+    def forward(ctx, u, delta, a, b, c, d, z, bias, initial, resets, softplus, chunk):
         inputs = Inputs(u, delta, a, b, c, d, z, bias, initial)
-        out, last, starts = _forward(inputs, softplus, chunk)
-        ctx.save_for_backward(inputs, starts)
+        out, last, starts = _forward(inputs, resets, softplus, chunk)
+        ctx.save_for_backward(inputs, resets, starts)
         ctx.softplus, ctx.chunk = softplus, chunk
         return out, last
 
     @staticmethod
     def backward(ctx, dout, dlast):
-        (x, starts), (dout, dlast) = barrier(ctx.saved_tensors, (dout, dlast))
+        (x, resets, starts), (dout, dlast) = barrier(ctx.saved_tensors, (dout, dlast))
         a, d = _parameters(x)
 
         def step(carry, start, size, state):
             after, da, dd, dbias, buffers = carry
-            chunk = _Chunk.of(x, start, size, ctx.softplus)
+            chunk = _Chunk.of(x, resets, start, size, ctx.softplus)
             dy = cut(dout, start, size, after.dtype)
             fade, decayed, h = _states(a, chunk, state)
             dz = None
             if chunk.z is not None:
                 y = _read(h, chunk.c) + d * chunk.u
-                dz, dy = dy * y * _silu_slope(chunk.z), dy * jax.nn.silu(chunk.z)
+                dz, dy = SILU.pull(chunk.z, dy * y), dy * SILU.value(chunk.z)
             dc = einsum("tbnd,tbd->tbn", h, dy)
             after, dh = _gradients_of_states(fade, chunk, dy, after)
             w, r = dh * decayed, _read(dh, chunk.b)
@@ -113,18 +118,18 @@ class SelectiveScanFunction(Function):
         carry, _ = fold_chunks(step, carry, x.u.shape[1], ctx.chunk, starts, reverse=True, beside=(x, dout))
         dstate, da, dd, dbias, (du, ddelta, db, dc, dz) = carry
         dinitial = None if x.initial is None else jnp.swapaxes(dstate, 1, 2)
-        return du, ddelta, da.T, db, dc, None if x.d is None else dd, dz, None if x.bias is None else dbias, dinitial, None, None
+        return du, ddelta, da.T, db, dc, None if x.d is None else dd, dz, None if x.bias is None else dbias, dinitial, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
-        x, _ = ctx.saved_tensors
-        return jax.jvp(lambda x: _forward(x, ctx.softplus, ctx.chunk)[:2], (x,), (Inputs(*tangents[:-2]),))[1]
+        x, resets, _ = ctx.saved_tensors
+        return jax.jvp(lambda x: _forward(x, resets, ctx.softplus, ctx.chunk)[:2], (x,), (Inputs(*tangents[:-3]),))[1]
 
     @staticmethod
     def example(key, dtype):
         shapes = (1, 3, 3), (1, 3, 3), (3, 2), (1, 3, 2), (1, 3, 2), (3,), (1, 3, 3), (3,), (1, 3, 2)
         u, delta, a, b, c, d, z, bias, initial = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 9), shapes, strict=True))
-        return u, delta, -jnp.exp(a), b, c, d, z, bias, initial, True, 2
+        return u, delta, -jnp.exp(a), b, c, d, z, bias, initial, jnp.array([[False, True, False]]), True, 2
 
 
 def _parameters(x: Inputs) -> tuple[jax.Array, Any]:
@@ -133,26 +138,26 @@ def _parameters(x: Inputs) -> tuple[jax.Array, Any]:
     return x.a.T.astype(dtype), 0 if x.d is None else x.d.astype(dtype)
 
 
-def _forward(x: Inputs, softplus: bool, size: int) -> tuple[jax.Array, jax.Array, Any]:
+def _forward(x: Inputs, resets: Any, softplus: bool, size: int) -> tuple[jax.Array, jax.Array, Any]:
     """The output, the last state as (batch, features, state), and the state at the start of each chunk."""
     a, d = _parameters(x)
 
     def step(carry, start, length, _):
         state, out = carry
-        chunk = _Chunk.of(x, start, length, softplus)
+        chunk = _Chunk.of(x, resets, start, length, softplus)
 
         def one(h, t):
-            rate, drive, b, c = t
-            h = jnp.exp(rate[:, None] * a) * h + drive[:, None] * b[:, :, None]
+            rate, drive, b, c, reset = t
+            h = restart(reset, jnp.exp(rate[:, None] * a) * h) + drive[:, None] * b[:, :, None]
             return h, (h * c[:, :, None]).sum(1)
 
         if on_accelerator():
             h = _states(a, chunk, state)[2]
             last, y = h[-1], _read(h, chunk.c)
         else:  # the states of a chunk need not be there at once
-            last, y = scan(one, state, (chunk.rate, chunk.drive, chunk.b, chunk.c), beside=a)
+            last, y = scan(one, state, (chunk.rate, chunk.drive, chunk.b, chunk.c, chunk.resets), beside=a)
         y = y + d * chunk.u
-        return (last, put(out, y if chunk.z is None else y * jax.nn.silu(chunk.z), start)), state
+        return (last, put(out, y if chunk.z is None else y * SILU.value(chunk.z), start)), state
 
     batch, length, features = x.u.shape
     shape = (batch, x.a.shape[1], features)
@@ -165,31 +170,31 @@ def _states(a: jax.Array, chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, j
     """exp(d_t A), exp(d_t A) h_{t-1} and h_t for the steps of a chunk."""
     if on_accelerator():
         fade = jnp.exp(chunk.rate[:, :, None] * a)
-        h = run(fade, chunk.drive[:, :, None] * chunk.b[..., None], state)
-        return fade, fade * before(state, h), h
+        h = run(fade, chunk.drive[:, :, None] * chunk.b[..., None], state, chunk.resets)
+        return fade, restart(chunk.resets, fade * before(state, h)), h
 
     def one(h, t):
-        rate, drive, b = t
+        rate, drive, b, reset = t
         fade = jnp.exp(rate[:, None] * a)
-        decayed = fade * h
+        decayed = restart(reset, fade * h)
         h = decayed + drive[:, None] * b[:, :, None]
         return h, (fade, decayed, h)
 
-    return scan(one, state, (chunk.rate, chunk.drive, chunk.b), beside=a)[1]
+    return scan(one, state, (chunk.rate, chunk.drive, chunk.b, chunk.resets), beside=a)[1]
 
 
 def _gradients_of_states(fade: jax.Array, chunk: _Chunk, dy: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
     """exp(d A) l at the first step of a chunk, and l_t, the gradient of h_t, for each; `after` is the former of the chunk after it."""
     if on_accelerator():
-        dh, first = run_back(fade, chunk.c[..., None] * dy[:, :, None], after)
+        dh, first = run_back(fade, chunk.c[..., None] * dy[:, :, None], after, chunk.resets)
         return first, dh
 
     def one(after, t):
-        fade, c, dy = t
+        fade, c, dy, reset = t
         dh = after + c[:, :, None] * dy[:, None]
-        return fade * dh, dh
+        return restart(reset, fade * dh), dh
 
-    return scan(one, after, (fade, chunk.c, dy), reverse=True)
+    return scan(one, after, (fade, chunk.c, dy, chunk.resets), reverse=True)
 
 
 def _read(states: jax.Array, weights: jax.Array) -> jax.Array:
@@ -206,11 +211,6 @@ def _sum_states(x: jax.Array) -> jax.Array:
     return x.sum(2)
 
 
-def _silu_slope(z: jax.Array) -> jax.Array:
-    s = jax.nn.sigmoid(z)
-    return s * (1 + z * (1 - s))
-
-
 def selective_scan(
     u: Float[Array, "batch time features"],
     delta: Float[Array, "batch time features"],
@@ -224,6 +224,7 @@ def selective_scan(
     delta_softplus: bool = False,
     initial_state: Float[Array, "batch features state"] | None = None,
     return_last_state: bool = False,
+    segment_ids: Int[Array, "batch time"] | None = None,
 ) -> Any:
     """Runs h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and reads y_t = C_t h_t + D u_t from it.
 
@@ -239,36 +240,47 @@ def selective_scan(
         delta_softplus: whether step sizes are softplus(delta + delta_bias).
         initial_state: the state before the first step; None for zeros.
         return_last_state: whether to return the state after the last step too.
+        segment_ids: packed sequences: where the id changes from one step to the next, the state starts again from 0; the first sequence starts
+            from `initial_state`.
 
     Returns:
         An array of the shape and dtype of `u`; with `return_last_state` also the last state, (batch, features, state), of float32 or wider.
 
     Raises:
         ValueError: where a shape does not fit `u` and `A`.
-        TypeError: where an argument is not of a real floating-point dtype.
+        TypeError: where an argument is not of a real floating-point dtype, or `segment_ids` not of integers.
 
     Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023; the meanings of the arguments are those of
     `selective_scan_fn` of its authors, with time before features.
     """
-    given = Inputs(*(None if x is None else jnp.asarray(x) for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)))
-    _check(given)
-    out, last = SelectiveScanFunction.apply(*given, bool(delta_softplus), choose(CHUNK, FAR_CHUNK))
-    return (out, last) if return_last_state else out
+    given = _checked(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    softplus, keep = (checks.flag("selective_scan", *x) for x in (("delta_softplus", delta_softplus), ("return_last_state", return_last_state)))
+    resets = resets_of(check_segment_ids("selective_scan", segment_ids, given.u.shape[:2], "(batch, time)", u=given.u), 1)
+    out, last = SelectiveScanFunction.apply(*given, resets, softplus, choose(CHUNK, FAR_CHUNK))
+    return (out, last) if keep else out
 
 
 _NAMES = Inputs("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+_AXES = Inputs(
+    "(batch, time, features)",
+    "(batch, time, features)",
+    "(features, state)",
+    "(batch, time, state)",
+    "(batch, time, state)",
+    "(features,)",
+    "(batch, time, features)",
+    "(features,)",
+    "(batch, features, state)",
+)
 
 
-def _check(x: Inputs) -> None:
-    check_floating("selective_scan", **dict(zip(_NAMES, x, strict=True)))
-    if x.u.ndim != 3:
-        raise ValueError(f"selective_scan: u has shape {x.u.shape}, but must be (batch, time, features); use jax.vmap for further axes")
-    batch, length, features = x.u.shape
-    if x.a.ndim != 2 or x.a.shape[0] != features:
-        raise ValueError(f"selective_scan: A has shape {x.a.shape}, but must be (features, state) with the {features} features of u, {x.u.shape}")
-    state = x.a.shape[1]
-    row, by_state = (batch, length, features), (batch, length, state)
-    wanted = Inputs(row, row, (features, state), by_state, by_state, (features,), row, (features,), (batch, features, state))
-    for name, value, shape in zip(_NAMES, x, wanted, strict=True):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"selective_scan: {name} has shape {value.shape}, but must have shape {shape} for u {x.u.shape} and A {x.a.shape}")
+def _checked(*arrays: Any) -> Inputs:
+    """The arguments as arrays, of shapes that fit those of u and A."""
+    who = "selective_scan"
+    x = Inputs(*(checks.array(who, name, v, optional=i > 4) for i, (name, v) in enumerate(zip(_NAMES, arrays, strict=True))))
+    check_ndim(who, "u", x.u, _AXES.u)
+    check_ndim(who, "A", x.a, _AXES.a)
+    (batch, time, features), state = x.u.shape, x.a.shape[1]
+    sizes = {"batch": batch, "time": time, "features": features, "state": state}
+    check_axes(who, _NAMES, x, _AXES, sizes, u=x.u, A=x.a)
+    return x

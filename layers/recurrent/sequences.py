@@ -10,8 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.core.checks import check_floating
+from layers.core import checks
 from layers.recurrent.gates import SAVES, Plan
+from layers.recurrent.segments import check_segment_ids, resets_of
+
+KERNELS: tuple[str, str] = ("input_kernel", "recurrent_kernel")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Sequences:
         parameters: kernels and biases, of the dtype that products are computed in.
         carry: the states before the first step, (batch, hidden), of the dtype of the outputs.
         lengths: (batch,), or None.
+        resets: whether a packed sequence starts at a step, (batch, time, 1) or (time, batch, 1), or None.
         plan: how to run.
         batch: the batch axes that were given.
     """
@@ -31,6 +35,7 @@ class Sequences:
     parameters: tuple[Any, ...]
     carry: tuple[jax.Array, ...]
     lengths: Any
+    resets: Any
     plan: Plan
     batch: tuple[int, ...]
 
@@ -51,12 +56,13 @@ class Sequences:
 
 
 def prepare(
-    name: str,
+    who: str,
     x: Any,
     kernels: Mapping[str, Any],
     biases: Mapping[str, Any],
     carry: Sequence[Any] | None,
     seq_lengths: Any,
+    segment_ids: Any,
     *,
     gates: int,
     states: int,
@@ -65,25 +71,27 @@ def prepare(
     dtype: Any,
     save: str,
 ) -> Sequences:
-    """Checks the arguments of `name`, a cell of so many gates and states; raises ValueError and TypeError."""
-    x, kernels = jnp.asarray(x), {key: jnp.asarray(k) for key, k in kernels.items()}
-    biases = {key: None if b is None else jnp.asarray(b) for key, b in biases.items()}
-    check_floating(name, **{"x": x, **kernels, **biases})
+    """Checks the arguments of `who`, a cell of so many gates and states; raises ValueError and TypeError."""
+    reverse, time_major = checks.flag(who, "reverse", reverse), checks.flag(who, "time_major", time_major)
+    save, dtype = checks.choice(who, "save", save, SAVES), checks.dtype(who, "dtype", dtype)
+    x = checks.array(who, "x", x)
     if x.ndim < 2:
-        axes = "(time, *batch, features)" if time_major else "(*batch, time, features)"
-        raise ValueError(f"{name}: x has shape {x.shape}, but must be {axes}")
-    if save not in SAVES:
-        raise ValueError(f"{name}: save is {save!r}, but must be one of {', '.join(map(repr, SAVES))}")
-    hidden = _check_parameters(name, x.shape[-1], kernels, biases, gates)
+        raise ValueError(f"{who}: x has shape {x.shape}, but must be {'(time, *batch, features)' if time_major else '(*batch, time, features)'}")
+    kernels = {key: checks.array(who, key, k, ndim=2) for key, k in kernels.items()}
+    biases = {key: checks.array(who, key, b, optional=True) for key, b in biases.items()}
+    hidden = _check_parameters(who, x, kernels, biases, gates)
     time, batch = (x.shape[0], x.shape[1:-1]) if time_major else (x.shape[-2], x.shape[:-2])
-    dtype = jnp.dtype(dtype or jnp.result_type(x, *kernels.values(), *(b for b in biases.values() if b is not None)))
-    size = math.prod(batch)
+    dtype = dtype or jnp.result_type(x, *kernels.values(), *(b for b in biases.values() if b is not None))
+    size, lengths = math.prod(batch), checks.array(who, "seq_lengths", seq_lengths, "integer", optional=True)
+    checks.shape(who, "seq_lengths", lengths, batch, "the batch axes of x", x=x)
+    ids = check_segment_ids(who, segment_ids, x.shape[:-1], "(time, *batch)" if time_major else "(*batch, time)", x=x)
     return Sequences(
         x.reshape(_with_time((size,), time, time_major, x.shape[-1])),
         tuple(None if p is None else p.astype(dtype) for p in (*kernels.values(), *biases.values())),
-        _check_carry(name, carry, states, batch, size, hidden, dtype),
-        _check_lengths(name, seq_lengths, batch, size),
-        Plan.of(time, size, gates * hidden, time_major=time_major, reverse=bool(reverse), save=save),
+        _check_carry(who, carry, states, batch, size, hidden, dtype),
+        None if lengths is None else lengths.reshape(size),
+        None if ids is None else _resets(ids, lengths, time_major, reverse).reshape(_with_time((size,), time, time_major, 1)),
+        Plan.of(time, size, gates * hidden, time_major=time_major, reverse=reverse, save=save),
         batch,
     )
 
@@ -92,43 +100,35 @@ def _with_time(batch: tuple[int, ...], time: int, time_major: bool, features: in
     return (time, *batch, features) if time_major else (*batch, time, features)
 
 
-def _check_parameters(name: str, features: int, kernels: Mapping[str, Any], biases: Mapping[str, Any], gates: int) -> int:
+def _check_parameters(who: str, x: jax.Array, kernels: Mapping[str, Any], biases: Mapping[str, Any], gates: int) -> int:
     """The number of hidden features."""
     (key, kernel), (recurrent_key, recurrent) = kernels.items()
-    if recurrent.ndim != 2 or recurrent.shape[1] != gates * recurrent.shape[0]:
-        raise ValueError(f"{name}: {recurrent_key} has shape {recurrent.shape}, but must be (hidden, {gates} * hidden)")
+    if recurrent.shape[1] != gates * recurrent.shape[0]:
+        raise ValueError(f"{who}: {recurrent_key} has shape {recurrent.shape}, but must be (hidden, {gates} * hidden)")
     hidden = recurrent.shape[0]
-    if kernel.shape != (features, gates * hidden):
-        raise ValueError(
-            f"{name}: {key} has shape {kernel.shape}, but must be (features, {gates} * hidden) = ({features}, {gates * hidden}), "
-            f"with the last axis of x and the first of {recurrent_key} {recurrent.shape}"
-        )
+    checks.shape(who, key, kernel, (x.shape[-1], gates * hidden), f"(features, {gates} * hidden)", x=x, **{recurrent_key: recurrent})
     for bias_key, b in biases.items():
-        if b is not None and b.shape != (gates * hidden,):
-            raise ValueError(f"{name}: {bias_key} has shape {b.shape}, but must be ({gates} * hidden,) = ({gates * hidden},)")
+        checks.shape(who, bias_key, b, (gates * hidden,), f"({gates} * hidden,)", **{recurrent_key: recurrent})
     return hidden
 
 
-def _check_carry(name: str, carry: Any, states: int, batch: tuple[int, ...], size: int, hidden: int, dtype: Any) -> tuple[jax.Array, ...]:
+def _check_carry(who: str, carry: Any, states: int, batch: tuple[int, ...], size: int, hidden: int, dtype: Any) -> tuple[jax.Array, ...]:
     if carry is None:
         return (jnp.zeros((size, hidden), dtype),) * states
-    carry = tuple(jnp.asarray(s) for s in carry)
-    if len(carry) != states:
-        raise ValueError(f"{name}: initial_carry has {len(carry)} arrays, but must have {states}")
+    if not isinstance(carry, (tuple, list)) or len(carry) != states:
+        raise ValueError(f"{who}: initial_carry is {checks.shown(carry)}, but must be a tuple of {states} arrays")
+    carry = tuple(checks.array(who, "initial_carry", s) for s in carry)
     for s in carry:
-        if s.shape != (*batch, hidden):
-            raise ValueError(f"{name}: initial_carry holds an array of shape {s.shape}, but must hold (*batch, hidden) = {(*batch, hidden)}")
-    check_floating(name, **{"initial_carry": carry[0], "the last of initial_carry": carry[-1]})
+        checks.shape(who, "initial_carry", s, (*batch, hidden), "(*batch, hidden)")
     dtype = jnp.result_type(dtype, *carry)
     return tuple(s.reshape(size, hidden).astype(dtype) for s in carry)
 
 
-def _check_lengths(name: str, lengths: Any, batch: tuple[int, ...], size: int) -> Any:
-    if lengths is None:
-        return None
-    lengths = jnp.asarray(lengths)
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"{name}: seq_lengths is of dtype {lengths.dtype}, but must be of integers")
-    if lengths.shape != batch:
-        raise ValueError(f"{name}: seq_lengths has shape {lengths.shape}, but must have that of the batch, {batch}")
-    return lengths.reshape(size)
+def _resets(ids: jax.Array, lengths: Any, time_major: bool, reverse: bool) -> jax.Array:
+    """Where packed sequences start; the first step that is run is no such, also where it is preceded by padding."""
+    axis = 0 if time_major else -1
+    resets = resets_of(ids, axis, reverse=reverse)
+    if lengths is None or not reverse:
+        return resets
+    after = 1 + jnp.arange(ids.shape[axis])
+    return resets & (after.reshape(-1, *(1 for _ in lengths.shape)) < lengths if time_major else after < lengths[..., None])

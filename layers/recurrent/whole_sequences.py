@@ -16,7 +16,9 @@ from flax.nnx.nn import dtypes
 from flax.nnx.nn.recurrent import flip_sequences
 from jax import lax
 
+from layers.core import checks
 from layers.core.products import products_are_patched
+from layers.recurrent.gates import SAVES
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,22 @@ class WholeSequences(nnx.RNN):
     cells: ClassVar[dict[type, KnownCell]] = {}
     save = "states"
 
+    def __init__(
+        self, cell: Any, *, time_major: bool = False, return_carry: bool = False, reverse: bool = False, keep_order: bool = False, **options: Any
+    ):
+        who = type(self).__name__
+        flags = {"time_major": time_major, "return_carry": return_carry, "reverse": reverse, "keep_order": keep_order}
+        flags = {key: checks.flag(who, key, value) for key, value in flags.items()}
+        super().__init__(checks.function(who, "cell", cell), **flags, **options)
+
+    @classmethod
+    def cell_options(cls, in_features: Any, hidden_features: Any, save: Any, options: dict[str, Any]) -> tuple[int, int, str]:
+        """The sizes of a cell and `save`, checked, as are the dtypes among `options`, the other arguments of the cell."""
+        sizes = [checks.integer(cls.__name__, *x, "[1, 2147483647]") for x in (("in_features", in_features), ("hidden_features", hidden_features))]
+        checks.dtype(cls.__name__, "dtype", options.get("dtype"), "inexact")
+        checks.dtype(cls.__name__, "param_dtype", options.get("param_dtype", jnp.float32), "inexact", optional=False)
+        return *sizes, checks.choice(cls.__name__, "save", save, SAVES)
+
     @classmethod
     def swap_obstacle(cls, rnn: Any) -> str:
         """Why an RNN is left to Flax's code; empty where it is not."""
@@ -56,37 +74,52 @@ class WholeSequences(nnx.RNN):
         *,
         initial_carry: Any = None,
         seq_lengths: Any = None,
+        segment_ids: Any = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
         keep_order: bool | None = None,
         rngs: Any = None,
     ) -> Any:
-        if self.swap_obstacle(self):
-            options = {"return_carry": return_carry, "time_major": time_major, "reverse": reverse, "keep_order": keep_order}
+        who = type(self).__name__
+        given = {"return_carry": return_carry, "time_major": time_major, "reverse": reverse, "keep_order": keep_order}
+        options = {key: checks.flag(who, key, value, optional=True) for key, value in given.items()}
+        if obstacle := self.swap_obstacle(self):
+            refuse_segment_ids(who, segment_ids, obstacle)
             return super().__call__(inputs, initial_carry=initial_carry, seq_lengths=seq_lengths, rngs=rngs, **options)
-        return_carry = self.return_carry if return_carry is None else return_carry
-        time_major = self.time_major if time_major is None else time_major
-        reverse = self.reverse if reverse is None else reverse
-        keep_order = self.keep_order if keep_order is None else keep_order
-        x = jnp.asarray(inputs)
+        order = {key: getattr(self, key) if value is None else value for key, value in options.items()}
+        return_carry = order.pop("return_carry")
+        x = checked_inputs(who, inputs, order["time_major"])
         cell: Any = self.cell
         if initial_carry is None:
             rngs = self.rngs if rngs is None else rngs
             rngs = rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs
-            initial_carry = cell.initialize_carry(without_time(x.shape, time_major), rngs)
+            initial_carry = cell.initialize_carry(without_time(x.shape, order["time_major"]), rngs)
         known = self.cells[type(cell)]
-        order = {"time_major": time_major, "reverse": reverse, "keep_order": keep_order}
-        outputs, carry = run_cell(known.run, x, known.parameters(cell), initial_carry, seq_lengths, dtype=cell.dtype, save=self.save, **order)
+        outputs, carry = run_cell(
+            who, known.run, x, known.parameters(cell), initial_carry, seq_lengths, segment_ids, dtype=cell.dtype, save=self.save, **order
+        )
         return (carry, outputs) if return_carry else outputs
 
 
+def checked_inputs(who: str, inputs: Any, time_major: bool) -> jax.Array:
+    """The inputs of a module as an array."""
+    x = checks.array(who, "inputs", inputs, "real")
+    if x.ndim < 2:
+        raise ValueError(
+            f"{who}: inputs have shape {x.shape}, but must be {'(time, *batch, features)' if time_major else '(*batch, time, features)'}"
+        )
+    return x
+
+
 def run_cell(
+    who: str,
     run: Callable[..., tuple[jax.Array, Any]],
     x: jax.Array,
     parameters: Sequence[jax.Array],
     initial_carry: Any,
     seq_lengths: Any,
+    segment_ids: Any,
     *,
     time_major: bool,
     reverse: bool,
@@ -97,18 +130,22 @@ def run_cell(
     """What an RNN of Flax makes of its cell and `x`, by `lstm` or `gru`: the outputs, and the last carry.
 
     Args:
-        run: the function.
+        who: the name of the module.
+        run: `run_lstm` or `run_gru`.
         x: (*batch, time, features), or time first.
         parameters: of the cell, in the order of `run`.
         initial_carry, seq_lengths, time_major, reverse, keep_order: as Flax's RNN has them.
+        segment_ids, save: as in `lstm` and `gru`.
         dtype: that of the cell, or None.
-        save: as in `lstm` and `gru`.
     """
+    checks.shape(who, "inputs", x, (*x.shape[:-1], len(parameters[0])), "(..., in_features)")
     outputs, carry = run(
+        who,
         x.astype(dtypes.canonicalize_dtype(x)),
-        *parameters,
-        initial_carry=initial_carry,
-        seq_lengths=seq_lengths,
+        parameters,
+        initial_carry,
+        seq_lengths,
+        segment_ids,
         reverse=reverse,
         time_major=time_major,
         dtype=dtypes.canonicalize_dtype(x, *parameters, dtype=dtype),
@@ -117,6 +154,12 @@ def run_cell(
     if reverse and not keep_order:
         outputs = flip_sequences(outputs, seq_lengths, num_batch_dims=x.ndim - 2, time_major=time_major)
     return outputs, carry
+
+
+def refuse_segment_ids(who: str, segment_ids: Any, obstacle: str) -> None:
+    """Raises ValueError where there are ids, which Flax's code, that runs the cell because of an obstacle, does not know."""
+    if segment_ids is not None:
+        raise ValueError(f"{who}: segment_ids are given, but the cell is run by Flax's code, which has none: {obstacle}")
 
 
 def _obstacle(rnn: Any, cells: dict[type, KnownCell]) -> str:

@@ -7,9 +7,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from layers.recurrent.checkpointed_scan import checkpointed_scan, checkpointed_while
+from layers.recurrent.gated_delta_rule import gated_delta_rule
 from layers.recurrent.gated_linear_attention import gated_linear_attention
 from layers.recurrent.gru import gru
 from layers.recurrent.lstm import lstm
+from layers.recurrent.short_convolution import short_convolution
+from layers.recurrent.state_space_dual import state_space_dual
 from tests.recurrent.cells import draw, loss, short_chunks
 from tests.support import assert_trees_close
 
@@ -34,10 +37,23 @@ def attention(x, w, r):
     return gated_linear_attention(q, k, v, -jnp.abs(q), scale=r[0, 0], return_state=True, chunk_size=2)
 
 
+def delta_rule(x, w, r):
+    q, k, v = (x[:, :, None, :2], x[:, :, None, 2:], x[:, :, None] * w[:, 0])
+    return gated_delta_rule(q, k, v, -jnp.abs(x[..., :1]), r[0, 0] * x[..., 1:2], return_state=True, chunk_size=2)
+
+
+def dual(x, w, r):
+    b, c = x[:, :, None, :2], x[:, :, None, 2:]
+    return state_space_dual((x * w[:, 0])[..., None], x, -jnp.abs(w[0, :4]), b, c, r[0, :4], return_last_state=True, chunk_size=2)
+
+
 LAYERS = {
     "lstm": lambda x, w, r: lstm(x, w, r, seq_lengths=jnp.where(x[:, 0, 0] > 0, 5, 3), reverse=True),
     "gru": lambda x, w, r: gru(x, w[:, :6], r[:, :6], r[0, :6], r[1, :6]),
     "gated_linear_attention": attention,
+    "gated_delta_rule": delta_rule,
+    "state_space_dual": dual,
+    "short_convolution": lambda x, w, r: short_convolution(x, w[:, :4], r[0, :4], activation="silu", return_state=True),
     "checkpointed_scan": scanned,
     "checkpointed_while": repeated,
 }

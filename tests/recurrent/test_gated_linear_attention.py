@@ -103,6 +103,12 @@ def test_empty_sequence_returns_the_state():
     np.testing.assert_array_equal(last, s)
 
 
+def test_empty_batch_has_an_empty_gradient():
+    args = tuple(x[:0] for x in draw(3, dtype=jnp.float32))
+    assert ours(*args)[0].shape == (0, 3, 2, 4)
+    assert jax.grad(loss(ours))(*args).shape == args[0].shape
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_error_is_not_above_that_of_autodiff(dtype):
     """Of the output, of the last state and of every gradient: what has faded most is added first, as a loop over steps does."""

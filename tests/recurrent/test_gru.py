@@ -114,6 +114,14 @@ def test_nothing_in_the_padding_reaches_a_gradient():
     np.testing.assert_array_equal(out[1][1], rest[-1][1])
 
 
+def test_nothing_in_the_padding_reaches_a_tangent():
+    x, *rest = arguments(dtype=jnp.float32)
+    lengths = jnp.array([4, 0])
+    padded = jnp.where((jnp.arange(7) < lengths[:, None])[..., None], x, jnp.nan)
+    push = jax.jit(lambda x: jax.jvp(lambda x: ours(x, *rest, seq_lengths=lengths), (x,), (x,)))
+    assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(push(padded)))
+
+
 @pytest.mark.parametrize("shape", [(2, 0, FEATURES), (0, 3, FEATURES)])
 def test_no_time_and_no_batch_have_zero_gradients(shape):
     _, w, r, b, *_ = arguments(dtype=jnp.float32)
@@ -135,7 +143,7 @@ def test_dtypes_are_those_of_flax(dtype):
     [
         ({"recurrent_kernel": jnp.ones((4, 16))}, ValueError, r"gru: recurrent_kernel has shape \(4, 16\), but must be \(hidden, 3 \* hidden\)"),
         ({"recurrent_bias": jnp.ones(4)}, ValueError, r"gru: recurrent_bias has shape \(4,\)"),
-        ({"initial_carry": jnp.ones((3, 4))}, ValueError, r"gru: initial_carry holds an array of shape \(3, 4\)"),
+        ({"initial_carry": jnp.ones((3, 4))}, ValueError, r"gru: initial_carry has shape \(3, 4\), but must be \(\*batch, hidden\)"),
         ({"input_kernel": jnp.ones((3, 12), int)}, TypeError, "gru: input_kernel is of dtype int"),
     ],
 )

@@ -167,6 +167,14 @@ def test_nothing_in_the_padding_reaches_a_gradient():
     np.testing.assert_array_equal(grads[0][1], 0)
 
 
+def test_nothing_in_the_padding_reaches_a_tangent():
+    x, w, r, b, c, h = arguments(dtype=jnp.float32)
+    lengths = jnp.array([4, 0])
+    padded = jnp.where((jnp.arange(7) < lengths[:, None])[..., None], x, jnp.nan)
+    push = jax.jit(lambda x: jax.jvp(lambda x: ours(x, w, r, b, c, h, seq_lengths=lengths), (x,), (x,)))
+    assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(push(padded)))
+
+
 def test_length_zero_returns_the_initial_carry():
     x, w, r, b, c, h = arguments(dtype=jnp.float32)
     y, (c_last, h_last) = ours(x, w, r, b, c, h, seq_lengths=jnp.array([0, 7]))
@@ -255,10 +263,12 @@ def _call(**changes):
         ({"input_kernel": jnp.ones((2, 16))}, ValueError, r"lstm: input_kernel has shape \(2, 16\), but must be .* = \(3, 16\)"),
         ({"recurrent_kernel": jnp.ones((4, 12))}, ValueError, r"lstm: recurrent_kernel has shape \(4, 12\), but must be \(hidden, 4 \* hidden\)"),
         ({"bias": jnp.ones(4)}, ValueError, r"lstm: bias has shape \(4,\)"),
-        ({"initial_carry": (jnp.ones((2, 4)),)}, ValueError, "lstm: initial_carry has 1 arrays, but must have 2"),
-        ({"initial_carry": (jnp.ones((2, 3)),) * 2}, ValueError, r"lstm: initial_carry holds an array of shape \(2, 3\)"),
+        ({"initial_carry": (jnp.ones((2, 4)),)}, ValueError, "lstm: initial_carry is .*, but must be a tuple of 2 arrays"),
+        ({"initial_carry": (jnp.ones((2, 3)),) * 2}, ValueError, r"lstm: initial_carry has shape \(2, 3\), but must be \(\*batch, hidden\)"),
         ({"seq_lengths": jnp.ones(2)}, TypeError, "lstm: seq_lengths is of dtype float32"),
         ({"seq_lengths": jnp.ones(3, int)}, ValueError, r"lstm: seq_lengths has shape \(3,\)"),
+        ({"dtype": jnp.int32}, TypeError, "lstm: dtype is .*, but must be a real floating-point dtype"),
+        ({"dtype": bool}, TypeError, "lstm: dtype is"),
         ({"save": "all"}, ValueError, "lstm: save is 'all', but must be one of 'states', 'gates'"),
     ],
 )

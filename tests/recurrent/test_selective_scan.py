@@ -124,6 +124,15 @@ def test_huge_step_sizes_and_rates_have_finite_gradients():
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(loss(ours)))(x)))
 
 
+def test_closed_gate_has_output_and_gradient_zero():
+    x = draw(3, batch=1, features=1, dtype=jnp.float32)
+    x["z"] = jnp.array([-jnp.inf, 1.0, -jnp.inf]).reshape(1, 3, 1)
+    grads = jax.jit(jax.grad(loss(ours)))(x)
+    np.testing.assert_array_equal(ours(**x)[0][0, ::2], 0.0)
+    np.testing.assert_array_equal(grads["z"][0, ::2], 0.0)
+    assert all(jnp.isfinite(g).all() for g in grads.values())
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_bfloat16_error_is_not_above_that_of_autodiff_and_float32_error_is_rounding(dtype):
     x = {k: a.astype(dtype) for k, a in draw(200, features=8, dtype=jnp.float32).items()}
