@@ -38,6 +38,7 @@ from layers.losses.linear_cross_entropy import linear_cross_entropy as linear_cr
 from layers.losses.linear_dpo import linear_dpo as linear_dpo
 from layers.losses.linear_jsd import linear_jsd as linear_jsd
 from layers.losses.linear_kl_divergence import linear_kl_divergence as linear_kl_divergence
+from layers.losses.linear_log_prob import linear_log_prob as linear_log_prob
 from layers.losses.softmax_cross_entropy import softmax_cross_entropy as softmax_cross_entropy
 from layers.mlp.gated_mlp import GatedMLP as GatedMLP
 from layers.mlp.gated_mlp import gated_mlp as gated_mlp

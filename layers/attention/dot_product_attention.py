@@ -17,7 +17,7 @@ Forward mode, the same read the other way, with ṡ = slope scale (q̇ kᵀ + q 
 The loop of backward takes the tiles of a block of keys one after the other. In 16 bits dk and dv of the block are added up in a float32 array
 of its size, and only dq in one of all queries.
 
-A query that sees no key has lse = -inf, out = 0 and no gradient.
+A query that sees no key has lse = -inf, out = 0 and no gradient. What is hidden is not touched (`tile.py`).
 
 Saved: q, k, v, bias, sinks, masks (all arguments), out and lse, one number for each query and head; in 16 bits also what rounding took
 from out, which delta needs to be no less exact than autodiff's.
@@ -38,8 +38,10 @@ from layers.attention import arguments
 from layers.attention.cudnn import attend_by_cudnn
 from layers.attention.heads import merge_heads
 from layers.attention.plan import Hidden, Options
-from layers.attention.tiles import Grid, Tile
+from layers.attention.tile import Tile
+from layers.attention.tiles import Grid
 from layers.attention.weights import before_any_key, exact_output, normalized, sink_weights, sums_of_products, times, weights_of
+from layers.core import checks
 from layers.core.function import Function
 from layers.core.numerics import dot, scaled, wide
 from layers.core.recompute import barrier
@@ -53,14 +55,15 @@ class DotProductAttentionFunction(Function):
 
         def step(carry, tile: Tile):
             largest, total, out = carry
-            s, _ = tile.scores(tile.queries(q), tile.keys(k), bias)
+            vt, spoiled = tile.finite_keys(v)
+            s, _ = tile.scores(tile.queries(q), tile.keys(k), bias, spoiled)
             before = tile.queries(largest)
             now = jnp.maximum(before, lax.stop_gradient(s).max(-1))
             finite = jnp.where(now == -jnp.inf, 0, now)
             p, fade = jnp.exp(s - finite[..., None]), jnp.exp(before - finite)
             mp = times(p, tile.multiplier(dtype)).astype(v.dtype)
             total = tile.put(total, merge_heads(tile.queries(total) * fade + p.sum(-1)), 0)
-            part = fade[..., None] * tile.queries(out) + dot("bkgqs,bskh->bkgqh", mp, tile.keys(v))
+            part = fade[..., None] * tile.queries(out) + dot("bkgqs,bskh->bkgqh", mp, vt)
             return tile.put(largest, merge_heads(now), 0), total, tile.put(out, merge_heads(part), 0)
 
         largest, total = (lie_like(jnp.broadcast_to(x, q.shape[:3]), q) for x in before_any_key(sinks, dtype))
@@ -75,23 +78,24 @@ class DotProductAttentionFunction(Function):
     def backward(ctx, dout, dlse):
         (q, k, v, bias, sinks, hidden, out, lost, lse), (dout, dlse) = barrier(ctx.saved_tensors, (dout, dlse))
         grid, dtype = Grid.of(q, k, hidden, ctx.options), wide(q.dtype)
-        delta = sums_of_products(grid, dout, out, lost, dtype) - dlse
+        delta = sums_of_products(grid, dout, out, lost, dtype, sinks=sinks is not None) - dlse
         wants_bias = bias is not None and ctx.needs_input_grad[3]
 
         def step(carry, tile: Tile):
-            dq, dbias, (dk, of_k), (dv, of_v) = carry
-            qt, kt, doutt = tile.queries(q), tile.keys(k), tile.queries(dout)
-            p, slope = weights_of(tile, qt, kt, bias, lse)
+            dq, dbias, (dk, in_dk), (dv, in_dv) = carry
+            (qt, of_q), (kt, of_k), (doutt, of_dout) = tile.finite_queries(q), tile.finite_keys(k), tile.finite_queries(dout)
+            (vt, of_v), (deltat, of_delta) = tile.finite_keys(v), tile.finite_queries(delta[..., None])
+            p, slope = weights_of(tile, qt, kt, bias, lse, of_q + of_k + of_v + of_dout + of_delta)
             multiplier = tile.multiplier(dtype)
-            dv, of_v = tile.add_up(dv, of_v, dot("bkgqs,bkgqh->bskh", times(p, multiplier), doutt), 1)
-            dp = times(dot("bkgqh,bskh->bkgqs", doutt, tile.keys(v)), multiplier)
-            ds = p * (dp - tile.queries(delta)[..., None])
+            dv, in_dv = tile.add_up(dv, in_dv, dot("bkgqs,bkgqh->bskh", times(p, multiplier), doutt), 1)
+            dp = times(dot("bkgqh,bskh->bkgqs", doutt, vt), multiplier)
+            ds = p * tile.bounded(dp - deltat)
             if wants_bias:
                 dbias = tile.add_to_plane(dbias, ds)
             ds = slope * ds
             dq = tile.add(dq, merge_heads(dot("bkgqs,bskh->bkgqh", ds, kt)) * ctx.options.scale, 0)
-            dk, of_k = tile.add_up(dk, of_k, dot("bkgqs,bkgqh->bskh", ds, qt) * ctx.options.scale, 1)
-            return dq, dbias, (dk, of_k), (dv, of_v)
+            dk, in_dk = tile.add_up(dk, in_dk, dot("bkgqs,bkgqh->bskh", ds, qt) * ctx.options.scale, 1)
+            return dq, dbias, (dk, in_dk), (dv, in_dv)
 
         zero = zero_after(delta)
         dq = lie_like(jnp.full(q.shape, zero, dtype), q)
@@ -109,12 +113,14 @@ class DotProductAttentionFunction(Function):
         def step(carry, tile: Tile):
             dout, dlse = carry
             qt, kt = tile.queries(q), tile.keys(k)
-            p, slope = weights_of(tile, qt, kt, bias, lse)
+            dvt, spoiled = tile.finite_keys(dv)
+            p, slope = weights_of(tile, qt, kt, bias, lse, spoiled)
             mp = times(p, tile.multiplier(dtype))
             ds = slope * (tile.product(tile.queries(dq), kt) + tile.product(qt, tile.keys(dk)))
             if bias is not None:
                 ds = ds + tile.plane(dbias)
-            part = dot("bkgqs,bskh->bkgqh", mp * ds, tile.keys(v)) + dot("bkgqs,bskh->bkgqh", mp, tile.keys(dv))
+            ds = tile.seen(p, ds)
+            part = dot("bkgqs,bskh->bkgqh", mp * ds, tile.finite(tile.keys(v))) + dot("bkgqs,bskh->bkgqh", mp, dvt)
             return tile.add(dout, merge_heads(part), 0), tile.add(dlse, merge_heads((p * ds).sum(-1)), 0)
 
         dout, dlse = grid.fold(step, (lie_like(jnp.zeros(out.shape, dtype), q), lie_like(jnp.zeros(lse.shape, dtype), q)))
@@ -152,22 +158,25 @@ def dot_product_attention(
     dropout_key: Any = None,
     broadcast_dropout: bool = False,
     return_logsumexp: bool = False,
+    query_offset: int | Int[Array, "*#batch"] = 0,
 ) -> Any:
     """Computes softmax(scale query keyᵀ + bias) value for each head, in memory linear in the length.
 
     `jax.nn.dot_product_attention` with more options. Parts of the score matrix that a causal mask or a window hides are not computed.
-    A query that may attend to nothing gives zeros (there: the mean of all values).
+    A query that may attend to nothing gives zeros (there: the mean of all values). What is hidden from a query is not touched: keys and values
+    that no query attends to may be NaN.
 
     Args:
         query: one batch axis, or none.
         key, value: heads may be fewer by a whole factor: consecutive query heads share one. `value` may have a head_dim of its own.
         bias: is added to the scores; (batch, heads, time, kv_time), each of its own length or 1, or without leading axes.
-        mask: True where a query attends to a key; shaped like `bias`.
+        mask: True where a query attends to a key; shaped like `bias`. Integers are as good: all but 0.
         scale: multiplies the products; None for 1 / √head_dim.
-        is_causal: query t attends to keys 0 ... t.
+        is_causal: query t attends to keys 0 ... t + `query_offset`.
         query_seq_lengths: queries from there on give zeros.
         key_value_seq_lengths: keys from there on are not attended to.
-        local_window_size: (left, right), or one number for both: query t attends to keys t - left ... t + right.
+        local_window_size: (left, right), or one number for both: query t attends to keys t - left ... t + right, all of them
+            moved by `query_offset`.
         implementation: "xla" or None for this one; "cudnn" hands on to JAX's, on NVIDIA GPUs.
         return_residual: another name of `return_logsumexp`, as in `jax.nn`.
         logit_soft_cap: scaled products s become cap tanh(s / cap), before `bias` is added; above 0.
@@ -177,6 +186,8 @@ def dot_product_attention(
         dropout_key: a key of `jax.random`. The weights dropped are a hash of it and their place, computed again in backward.
         broadcast_dropout: whether all heads and batch elements drop the same weights.
         return_logsumexp: whether to return the logarithm of the sum of exp(score), too.
+        query_offset: the place of the first query among the keys, for `is_causal` and `local_window_size`: kv_time - time lets the last query
+            see the last key. An integer, or an array of one, or one for each batch element (then all scores are computed).
 
     Returns:
         An array like `query`, with the last axis of `value`; with `return_logsumexp` also a float32 array of (*batch, time, heads), -inf
@@ -186,30 +197,36 @@ def dot_product_attention(
         ValueError: for shapes that do not fit, an unknown implementation, options that cuDNN does not have, numbers out of their range, several keys.
         TypeError: where arrays are of the wrong dtype, or `dropout_key` is no key.
     """
-    return_logsumexp = return_logsumexp or return_residual
+    who = arguments.WHO
+    implementation = checks.choice(who, "implementation", implementation, (None, "xla", "cudnn"))
+    query, key, value = arguments.as_query_key_value(query, key, value)
+    q, k, v = (x if x.ndim == 4 else x[None] for x in (query, key, value))
+    wants_logsumexp = checks.flag(who, "return_logsumexp", return_logsumexp) or checks.flag(who, "return_residual", return_residual)
+    rate = checks.number(who, "dropout_rate", dropout_rate, "[0, 1)")
+    low, high, offsets = arguments.bounds_of(is_causal, local_window_size, query_offset, q.shape[0])
+    hidden = arguments.hidden_of(q, k, mask, query_seq_lengths, key_value_seq_lengths, segment_ids, offsets, rate, dropout_key)
+    bias, sinks = arguments.bias_of(bias, q, k), arguments.sinks_of(sinks, q.shape[2])
+    cap = checks.number(who, "logit_soft_cap", logit_soft_cap, "(0, inf)", optional=True)
+    scale = checks.number(who, "scale", scale, traced=True, optional=True)
+    shared_dropout = checks.flag(who, "broadcast_dropout", broadcast_dropout)
     if implementation == "cudnn":
+        moved = None if isinstance(query_offset, int) and query_offset == 0 else query_offset
+        others = {"logit_soft_cap": cap, "segment_ids": segment_ids, "sinks": sinks, "dropout_rate": rate or None, "query_offset": moved}
         return attend_by_cudnn(
             query,
             key,
             value,
             bias,
-            mask,
-            return_logsumexp=return_logsumexp,
-            others={"logit_soft_cap": logit_soft_cap, "segment_ids": segment_ids, "sinks": sinks, "dropout_rate": dropout_rate or None},
+            hidden.mask,
+            return_logsumexp=wants_logsumexp,
+            others=others,
             scale=scale,
             is_causal=is_causal,
             query_seq_lengths=query_seq_lengths,
             key_value_seq_lengths=key_value_seq_lengths,
             local_window_size=local_window_size,
         )
-    arguments.check_implementation(implementation)
-    query, key, value = arguments.as_query_key_value(query, key, value)
-    q, k, v = (x if x.ndim == 4 else x[None] for x in (query, key, value))
     q, scale = scaled(q, scale)
-    low, high = arguments.bounds_of(is_causal, local_window_size)
-    hidden = arguments.hidden_of(q, k, mask, query_seq_lengths, key_value_seq_lengths, segment_ids, dropout_rate, dropout_key)
-    options = Options(scale, arguments.cap_of(logit_soft_cap), low, high, float(dropout_rate), broadcast_dropout)
-    bias, sinks = arguments.plane_of("bias", bias, q, k), arguments.sinks_of(sinks, q.shape[2])
-    out, lse = DotProductAttentionFunction.apply(q, k, v, bias, sinks, hidden, options)
+    out, lse = DotProductAttentionFunction.apply(q, k, v, bias, sinks, hidden, Options(scale, cap, low, high, rate, shared_dropout))
     out, lse = (out, lse) if query.ndim == 4 else (out[0], lse[0])
-    return (out, lse) if return_logsumexp else out
+    return (out, lse) if wants_logsumexp else out

@@ -28,6 +28,10 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     With both a `precision` and a `dropout_rate`, attention is Flax's own, which honours the precision there only.
     """
 
+    def __call__(self, *args: Any, decode: bool | None = None, is_causal: bool = False, **options: Any) -> jax.Array:
+        decoding = self.decode if decode is None else decode  # then the cache hides what is to come, and its first key stands for the one query
+        return super().__call__(*args, decode=decode, is_causal=is_causal and not decoding, **options)
+
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         return attend if name == "attention_fn" and value is nnx.dot_product_attention else value

@@ -31,6 +31,7 @@ class Hidden(NamedTuple):
     key_lengths: Any = None
     query_segments: Any = None
     key_segments: Any = None
+    offsets: Any = None
     words: Any = None
 
 
@@ -54,6 +55,10 @@ class Options:
     rate: float = 0.0
     shared_dropout: bool = False
     blocks: tuple[int, int] | None = None
+
+    @property
+    def bounded(self) -> bool:
+        return self.low is not None or self.high is not None
 
 
 def choose_blocks(queries: int, keys: int, head_dim: int, narrow: bool = False) -> tuple[int, int]:

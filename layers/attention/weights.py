@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layers.attention.tiles import Grid, Tile
-from layers.core.numerics import safe_reciprocal
+from layers.attention.tile import Tile
+from layers.attention.tiles import Grid
+from layers.core.numerics import product, safe_reciprocal
 from layers.core.zeros import lie_like
 
 
@@ -47,14 +48,18 @@ def normalized(grid: Grid, out: jax.Array, total: jax.Array, dtype: Any) -> tupl
     return grid.fold_queries(step, (zeros, zeros))
 
 
-def sums_of_products(grid: Grid, dout: jax.Array, out: jax.Array, lost: jax.Array | None, dtype: Any) -> jax.Array:
-    """The sum, for each query, of its output times its gradient: in blocks, since XLA on the CPU would first convert all of both to float32."""
+def sums_of_products(grid: Grid, dout: jax.Array, out: jax.Array, lost: jax.Array | None, dtype: Any, *, sinks: bool) -> jax.Array:
+    """The sum, for each query, of its output times its gradient: in blocks, since XLA on the CPU would first convert all of both to float32.
+
+    `sinks` sum it up over queries: there the gradient of one that is hidden, whose output is 0, must not be touched.
+    """
+    times_output = product if sinks and grid.hides else jnp.multiply
     if lost is None:
-        return jnp.sum(dout * out, -1)
+        return jnp.sum(times_output(out, dout), -1)
 
     def step(delta, tile: Tile):
         exact = exact_output(tile.take(out, 0), tile.take(lost, 0), dtype)
-        return tile.put(delta, jnp.sum(tile.take(dout, 0).astype(dtype) * exact, -1), 0)
+        return tile.put(delta, jnp.sum(times_output(exact, tile.take(dout, 0).astype(dtype)), -1), 0)
 
     return grid.fold_queries(step, lie_like(jnp.zeros(out.shape[:-1], dtype), out))
 
@@ -68,11 +73,14 @@ def times(x: jax.Array, multiplier: jax.Array | None) -> jax.Array:
     return x if multiplier is None else x * multiplier
 
 
-def weights_of(tile: Tile, q: jax.Array, k: jax.Array, bias: Any, lse: jax.Array) -> tuple[jax.Array, Any]:
-    """The tile of p, and the derivative of its scores by the scaled products."""
-    s, slope = tile.scores(q, k, bias)
-    lse = tile.queries(lse)
-    return jnp.exp(s - jnp.where(lse == -jnp.inf, 0, lse)[..., None]), slope
+def weights_of(tile: Tile, q: jax.Array, k: jax.Array, bias: Any, lse: jax.Array, spoiled: Any) -> tuple[jax.Array, Any]:
+    """The tile of p, and the derivative of its scores by the scaled products.
+
+    A huge score computed again may be rounded in another way: it is not above its logsumexp.
+    """
+    lse = tile.queries(lse)[..., None]
+    s, slope = tile.scores(q, k, bias, spoiled + jnp.where(jnp.isnan(lse), jnp.nan, 0))
+    return jnp.exp(jnp.minimum(s - jnp.where(jnp.isfinite(lse), lse, 0), 0)), slope
 
 
 def sink_weights(sinks: jax.Array, lse: jax.Array) -> jax.Array:

@@ -38,6 +38,11 @@ def scaled(q: jax.Array, scale: Any) -> tuple[jax.Array, float]:
     return q, float(max(q.shape[3], 1) ** -0.5 if scale is None else scale or 0.0)
 
 
+def product(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """weight x, and 0 where weight is 0 and x infinite or NaN: what does not count is not touched. The derivative by weight is x if it is finite."""
+    return weight * jnp.where((weight == 0) & ~jnp.isfinite(x), 0, x)
+
+
 def safe_reciprocal(x: jax.Array) -> jax.Array:
     """1 / x, and 0 where x is 0; its derivative is finite there too."""
     zero = x == 0

@@ -2,80 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from layers.core import compat
-from layers.core.checks import check_block_size, check_floating
-from layers.losses.targets import REDUCTIONS, Options
+from layers.core import checks
+from layers.core.rows import as_rows
+from layers.losses.targets import REDUCTIONS, Labels
+
+OPTIONS: dict[str, Callable[[str, str, Any], Any]] = {
+    "ignore_index": checks.integer,
+    "label_smoothing": partial(checks.number, within="[0, 1]"),
+    "z_loss": partial(checks.number, within="[0, inf)"),
+    "logit_soft_cap": partial(checks.number, within="(0, inf)", optional=True),
+    "temperature": partial(checks.number, within="(0, inf)"),
+    "beta": partial(checks.number, within="[0, 1]"),
+    "reduction": partial(checks.choice, options=REDUCTIONS),
+    "return_logsumexp": checks.flag,
+    "return_accuracy": checks.flag,
+    "return_entropy": checks.flag,
+    "return_rank": checks.flag,
+    "block_size": partial(checks.integer, within="[1, inf)", optional=True),
+}
 
 
-def read_options(name: str, **options: Any) -> Options:
-    """The options, checked."""
-    given = Options(**options)
-    refuse_traced(name, **options)
-    if not isinstance(given.ignore_index, (int, np.integer)):
-        raise TypeError(f"{name}: ignore_index is {given.ignore_index!r}, but must be an integer")
-    check_reduction(name, given.reduction)
-    check_block_size(name, given.block_size)
-    if not 0 <= given.label_smoothing <= 1:
-        raise ValueError(f"{name}: label_smoothing is {given.label_smoothing}, but must lie in [0, 1]")
-    if given.z_loss < 0:
-        raise ValueError(f"{name}: z_loss is {given.z_loss}, but must not be negative")
-    if given.logit_soft_cap is not None and not given.logit_soft_cap > 0:
-        raise ValueError(f"{name}: logit_soft_cap is {given.logit_soft_cap}, but must be positive: None is for no cap")
-    return given
+def read_options(who: str, **options: Any) -> dict[str, Any]:
+    """Options that several losses have, checked."""
+    return {what: OPTIONS[what](who, what, value) for what, value in options.items()}
 
 
-def refuse_traced(name: str, **options: Any) -> None:
-    """Raises for an option that is a traced array: options are part of the program."""
-    for key, value in options.items():
-        if isinstance(value, compat.Tracer):
-            raise TypeError(f"{name}: {key} is traced, but is part of the program: pass a Python number (static_argnames of jax.jit)")
-
-
-def check_reduction(name: str, reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction is {reduction!r}, but must be one of {', '.join(REDUCTIONS)}")
-
-
-def check_head(name: str, x: Any, kernel: Any, bias: Any, prefix: str = "") -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The arrays of a linear head, checked; `prefix` goes before their names in errors."""
-    x, kernel, bias = jnp.asarray(x), jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
-    check_floating(name, **{f"{prefix}{key}": a for key, a in (("x", x), ("kernel", kernel), ("bias", bias)) if a is not None})
-    if kernel.ndim != 2 or kernel.shape[1] == 0:
-        raise ValueError(f"{name}: {prefix}kernel has shape {kernel.shape}, but must be (features, vocab), with at least one class")
+def check_head(who: str, x: Any, kernel: Any, bias: Any, names: tuple[str, str, str] = ("x", "kernel", "bias")) -> tuple[Any, Any, Any]:
+    """The arrays of a linear head, checked; `names` are theirs in errors."""
+    x, kernel = checks.array(who, names[0], x), checks.array(who, names[1], kernel, ndim=2)
+    bias = checks.array(who, names[2], bias, optional=True)
+    if kernel.shape[1] == 0:
+        raise ValueError(f"{who}: {names[1]} has shape {kernel.shape}, but must be (features, vocab), with at least one class")
     if x.ndim == 0 or x.shape[-1] != kernel.shape[0]:
-        hint = ": transpose it, kernel.T" if x.ndim and x.shape[-1] == kernel.shape[1] else ""
-        raise ValueError(f"{name}: {prefix}x has shape {x.shape}, but {prefix}kernel (features, vocab) has shape {kernel.shape}{hint}")
-    if bias is not None and bias.shape != kernel.shape[1:]:
-        raise ValueError(f"{name}: {prefix}bias has shape {bias.shape}, but {prefix}kernel (features, vocab) has shape {kernel.shape}")
+        hint = f": transpose it, {names[1]}.T" if x.ndim and x.shape[-1] == kernel.shape[1] else ""
+        raise ValueError(f"{who}: {names[0]} has shape {x.shape}, but {names[1]} (features, vocab) has shape {kernel.shape}{hint}")
+    checks.shape(who, names[2], bias, kernel.shape[1:], "(vocab,)", **{names[1]: kernel})
     return x, kernel, bias
 
 
-def check_labels(name: str, labels: Any, class_weights: Any, batch: tuple[int, ...], vocab: int) -> tuple[jax.Array, jax.Array | None]:
-    """Labels and class weights, checked; the weights as constants."""
-    labels = jnp.asarray(labels)
-    if jnp.issubdtype(labels.dtype, jnp.integer) and labels.dtype.itemsize < 4:
-        labels = labels.astype(jnp.int32)  # a narrow dtype holds neither vocab nor ignore_index
-    shape = (*batch, vocab) if jnp.issubdtype(labels.dtype, jnp.floating) else batch
-    if not jnp.issubdtype(labels.dtype, jnp.floating) and not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"{name}: labels are of dtype {labels.dtype}, but must be integers (classes) or floating-point (distributions)")
-    if labels.shape != shape:
-        kind = "distributions must have shape (*batch, vocab)" if len(shape) > len(batch) else "classes must have shape (*batch)"
-        raise ValueError(f"{name}: labels have dtype {labels.dtype} and shape {labels.shape}, but {kind} = {shape}")
-    if class_weights is None:
-        return labels, None
-    class_weights = jnp.asarray(class_weights)
-    if not (jnp.issubdtype(class_weights.dtype, jnp.floating) or jnp.issubdtype(class_weights.dtype, jnp.integer)):
-        raise TypeError(f"{name}: class_weights are of dtype {class_weights.dtype}, but must be real numbers")
-    if class_weights.shape != (vocab,):
-        raise ValueError(f"{name}: class_weights have shape {class_weights.shape}, but must be (vocab,) = ({vocab},)")
-    return labels, lax.stop_gradient(class_weights)
+def check_labels(who: str, labels: Any, class_weights: Any, where: Any, batch: tuple[int, ...], vocab: int) -> Labels:
+    """Labels, and weights of classes and of rows, checked, as rows; the weights as constants."""
+    labels = checks.array(who, "labels", labels, "real")
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        labels = check_ids(who, "labels", labels, batch)
+    else:
+        checks.shape(who, "labels", labels, (*batch, vocab), "distributions (*batch, vocab), or classes (*batch) of integers,")
+    class_weights = checks.array(who, "class_weights", class_weights, "real", optional=True)
+    checks.shape(who, "class_weights", class_weights, (vocab,), "(vocab,)")
+    return Labels(as_rows(labels, batch), lax.stop_gradient(class_weights), check_where(who, where, batch))
+
+
+def check_ids(who: str, what: str, ids: Any, batch: tuple[int, ...]) -> jax.Array:
+    """Classes of the rows, checked."""
+    ids = checks.array(who, what, ids, "integer")
+    checks.shape(who, what, ids, batch, "(*batch)")
+    return ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids  # a narrow dtype holds neither vocab nor ignore_index
+
+
+def check_where(who: str, where: Any, batch: tuple[int, ...], what: str = "where", axes: str = "(*batch)") -> jax.Array | None:
+    """How much each row counts, checked, one number a row; a constant."""
+    if where is None:
+        return None
+    where = checks.array(who, what, where, "mask")
+    try:
+        return as_rows(lax.stop_gradient(jnp.broadcast_to(where, batch)), batch)
+    except ValueError:
+        raise ValueError(f"{who}: {what} has shape {where.shape}, but must broadcast to {axes} = {batch}") from None
 
 
 def as_batch(outputs: Any, batch: tuple[int, ...]) -> Any:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.losses.rows import Softmax, log_softmax, product, softmax_of
+from layers.core.numerics import product
+from layers.losses.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Stats(NamedTuple):
 
 def divergences(a: jax.Array, b: jax.Array, options: Options) -> tuple[jax.Array, Stats]:
     """The divergence of each row of the student's logits `a` from the teacher's `b`."""
-    a, b, beta = a / options.temperature, b.astype(a.dtype) / options.temperature, options.beta
-    student, teacher = softmax_of(a), softmax_of(b)
-    log_q, log_p = log_softmax(a, student), log_softmax(b, teacher)
+    b, beta, temperature = b.astype(a.dtype), options.beta, options.temperature
+    student, teacher = Softmax.of(a, temperature), Softmax.of(b, temperature)
+    log_q, log_p = student.log_p(a, temperature), teacher.log_p(b, temperature)
     log_m = _log_mixture(log_q, log_p, beta)
     of_teacher = product(jnp.exp(log_p), log_p - log_m).sum(-1)
     of_student = product(jnp.exp(log_q), log_q - log_m).sum(-1)
@@ -43,9 +44,9 @@ def divergences(a: jax.Array, b: jax.Array, options: Options) -> tuple[jax.Array
 
 def divergence_gradients(a: jax.Array, b: jax.Array, stats: Stats, weight: jax.Array, options: Options) -> jax.Array:
     """da, times the weight of each row."""
-    a, b, beta = a / options.temperature, b.astype(a.dtype) / options.temperature, options.beta
-    log_q, log_p = log_softmax(a, stats.student), log_softmax(b, stats.teacher)
-    weight = weight[:, None] / options.temperature
+    b, beta, temperature = b.astype(a.dtype), options.beta, options.temperature
+    log_q, log_p = stats.student.log_p(a, temperature), stats.teacher.log_p(b, temperature)
+    weight = weight[:, None] / temperature
     if beta == 0:
         return product(weight, jnp.exp(log_q) - jnp.exp(log_p))
     share = 1 if beta == 1 else 1 - beta

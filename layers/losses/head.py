@@ -75,13 +75,15 @@ class Gradients:
         kernel = jnp.zeros(head.kernel.shape, dtype) if self.kernel else None
         return kernel, jnp.zeros((head.vocab,), dtype) if self.bias else None
 
-    def add(self, sums: Any, da: jax.Array, x: jax.Array, head: Head) -> tuple[Any, jax.Array | None]:
-        """The sums with a block of rows more, and dx of these rows."""
+    def add(self, sums: Any, da: jax.Array, x: jax.Array, head: Head, touched: jax.Array) -> tuple[Any, jax.Array | None]:
+        """The sums with a block of rows more, and dx of these rows; where a row is not touched, da is 0 and x may be anything."""
         dkernel, dbias = sums
         dbias = dbias + da.sum(0) if self.bias else None
         da = da.astype(jnp.promote_types(x.dtype, head.kernel.dtype))
         dx = dot("rv,fv->rf", da, head.kernel) if self.x else None
-        return (_add_product(dkernel, x, da) if self.kernel else None, dbias), dx
+        if self.kernel:
+            dkernel = _add_product(dkernel, jnp.where(touched[:, None] | jnp.isfinite(x), x, 0), da)
+        return (dkernel, dbias), dx
 
     def tangent(self, x: jax.Array, dx: jax.Array, head: Head, dhead: Head) -> jax.Array:
         """That of a block of logits, from those of x and the head."""

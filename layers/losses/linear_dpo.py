@@ -1,25 +1,28 @@
-"""Direct preference optimisation on the hidden states of a policy and a reference model, without their logits.
+"""Direct preference optimisation, and what came of it, on hidden states of a policy and of a reference model, without their logits.
 
-    margin = β ((log π(chosen) - log π(rejected)) - (log ref(chosen) - log ref(rejected)))
-    loss   = -(1 - s) log σ(margin) - s log σ(-margin)
+    h = (log π(chosen) - log ref(chosen)) - (log π(rejected) - log ref(rejected)),   loss of h: `preference.py`
 
-with the log-probability of a sequence the sum over those of its tokens, each from `linear_cross_entropy`, which computes the gradient. The
-reference gets none.
+with the log-probability of a sequence the sum or mean over those of its tokens, each from `linear_log_prob.py`, whose rule has the gradient. The
+reference gets none. CPO and SimPO have no reference; CPO adds the cross entropy of the chosen tokens.
 
-Reference: Rafailov et al., "Direct Preference Optimization", 2023; s: Mitchell, "A note on DPO with noisy preferences", 2023.
+Reference: Rafailov et al., "Direct Preference Optimization", 2023; Mitchell, "A note on DPO with noisy preferences", 2023 (smoothing); Azar et al.,
+2023 (ipo); Zhao et al., 2023 (hinge); Chowdhury et al., 2024 (robust); Meng et al., 2024 (simpo); Xu et al., 2024 (cpo); names as in TRL.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from layers.losses.arguments import check_reduction
-from layers.losses.linear_cross_entropy import linear_cross_entropy
+from layers.core import checks
+from layers.core.numerics import product, safe_reciprocal
+from layers.losses.arguments import check_head, check_where, read_options
+from layers.losses.preference import AVERAGED, LOSS_TYPES, SMOOTHED, Preference
+from layers.losses.sequences import Reference, read_sequences
+from layers.losses.targets import Options
 
 
 def linear_dpo(
@@ -28,13 +31,22 @@ def linear_dpo(
     kernel: Float[Array, "features vocab"],
     chosen_labels: Int[Array, "*batch time"],
     rejected_labels: Int[Array, "*batch other_time"],
-    reference_chosen_x: Float[Array, "*batch time reference_features"],
-    reference_rejected_x: Float[Array, "*batch other_time reference_features"],
-    reference_kernel: Float[Array, "reference_features vocab"],
+    reference_chosen_x: Float[Array, "*batch time reference_features"] | None = None,
+    reference_rejected_x: Float[Array, "*batch other_time reference_features"] | None = None,
+    reference_kernel: Float[Array, "reference_features vocab"] | None = None,
     bias: Float[Array, " vocab"] | None = None,
     reference_bias: Float[Array, " vocab"] | None = None,
     *,
+    loss_type: str = "sigmoid",
     beta: float = 0.1,
+    reference_chosen_log_probs: Float[Array, "*batch"] | None = None,
+    reference_rejected_log_probs: Float[Array, "*batch"] | None = None,
+    average_log_prob: bool | None = None,
+    simpo_gamma: float = 0.5,
+    cpo_alpha: float | None = None,
+    where: Float[Array, "*#batch"] | None = None,
+    chosen_where: Float[Array, "*#batch #time"] | None = None,
+    rejected_where: Float[Array, "*#batch #other_time"] | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     logit_soft_cap: float | None = None,
@@ -42,18 +54,26 @@ def linear_dpo(
     return_rewards: bool = False,
     block_size: int | None = None,
 ) -> Any:
-    """Computes the loss of direct preference optimisation for pairs of sequences.
+    """Computes the loss of direct preference optimisation, or of a variant, for pairs of sequences.
 
     Args:
         chosen_x, rejected_x: the policy's hidden states for the sequences that were preferred and those that were not.
         kernel, bias: the policy's head: its logits are `x @ kernel + bias`.
         chosen_labels, rejected_labels: the token that follows at each place; `ignore_index` where none counts (prompt, padding).
         reference_chosen_x, reference_rejected_x, reference_kernel, reference_bias: the same of the reference model, a constant.
-        beta: how strongly the policy is held to the reference; multiplies the margin.
+        loss_type: "sigmoid" (DPO), "ipo", "hinge", "robust", or without a reference "simpo", "cpo".
+        beta: how strongly the policy is held to the reference; multiplies the margin. For ipo its τ.
+        reference_chosen_log_probs, reference_rejected_log_probs: in place of the reference model what it gave to each sequence, computed before:
+            sums over tokens, or means where `average_log_prob`.
+        average_log_prob: whether the log-probability of a sequence is the mean over its tokens; None for ipo and simpo only.
+        simpo_gamma: the margin that simpo asks for.
+        cpo_alpha: is multiplied by the mean cross entropy of all chosen tokens and added to each loss; None for 1 with cpo, else 0.
+        where: how much each pair counts, a mask or weights, which multiply its loss.
+        chosen_where, rejected_where: how much each token counts. What does not count, in any of the three or by its label, is not touched.
         ignore_index: a place with this label does not count. A label that is neither this nor in [0, vocab) gives NaN.
-        label_smoothing: the probability, in [0, 0.5), that a preference is the wrong way round.
+        label_smoothing: the probability, in [0, 0.5), that a preference is the wrong way round; not for ipo and hinge.
         logit_soft_cap: c in c tanh(logits / c), in both models; None for none.
-        reduction: "mean" over the pairs (0 where there are none), "sum", or "none" for each pair.
+        reduction: "mean" over the pairs, by what they count (0 where none does), "sum", or "none" for each pair.
         return_rewards: whether to return beta (log π - log ref) of the chosen and of the rejected sequences, as constants.
         block_size: rows in a block; None to choose.
 
@@ -61,37 +81,49 @@ def linear_dpo(
         The loss, a float32 scalar (or wider) or (*batch); with `return_rewards` a tuple of it and the two rewards, each (*batch).
 
     Raises:
-        ValueError: for shapes that do not fit, an unknown reduction, a value out of its range.
+        ValueError: for shapes that do not fit, a value out of its range, a reference that is missing or has no place in the loss.
         TypeError: where arrays are of the wrong dtype.
     """
-    check_reduction("linear_dpo", reduction)
-    if jnp.shape(kernel)[-1:] != jnp.shape(reference_kernel)[-1:]:
+    who = "linear_dpo"
+    given = read_options(who, ignore_index=ignore_index, logit_soft_cap=logit_soft_cap, block_size=block_size)
+    options, reduction = Options(**given, reduction="none"), read_options(who, reduction=reduction)["reduction"]
+    preference = Preference(
+        checks.choice(who, "loss_type", loss_type, LOSS_TYPES),
+        checks.number(who, "beta", beta, "(0, inf)"),
+        checks.number(who, "label_smoothing", label_smoothing, "[0, 0.5)"),
+        checks.number(who, "simpo_gamma", simpo_gamma),
+    )
+    if preference.smoothing and loss_type not in SMOOTHED:
+        raise ValueError(f"{who}: label_smoothing is {label_smoothing}, but must be 0 with loss_type={loss_type!r}, which has none")
+    average, alpha = (
+        checks.flag(who, "average_log_prob", average_log_prob, optional=True),
+        checks.number(who, "cpo_alpha", cpo_alpha, "[0, inf)", optional=True),
+    )
+    average, alpha = loss_type in AVERAGED if average is None else average, float(loss_type == "cpo") if alpha is None else alpha
+    return_rewards = checks.flag(who, "return_rewards", return_rewards)
+    chosen_x, kernel, bias = check_head(who, chosen_x, kernel, bias, ("chosen_x", "kernel", "bias"))
+    rejected_x, _, _ = check_head(who, rejected_x, kernel, bias, ("rejected_x", "kernel", "bias"))
+    chosen = read_sequences(who, "chosen", chosen_x, chosen_labels, chosen_where, where, kernel.shape[1], options)
+    rejected = read_sequences(who, "rejected", rejected_x, rejected_labels, rejected_where, where, kernel.shape[1], options)
+    if chosen.pairs != rejected.pairs:
         raise ValueError(
-            f"linear_dpo: kernel has shape {jnp.shape(kernel)}, but reference_kernel {jnp.shape(reference_kernel)}: both need the same vocab"
+            f"{who}: chosen sequences have batch {chosen.pairs}, but rejected ones {rejected.pairs}: give one of each for a pair "
+            f"(chosen_x: {chosen_x.shape}, rejected_x: {rejected_x.shape})"
         )
-    if not beta > 0:
-        raise ValueError(f"linear_dpo: beta is {beta}, but must be positive")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"linear_dpo: label_smoothing is {label_smoothing}, but must lie in [0, 0.5)")
+    weight = jnp.ones(chosen.pairs) if where is None else jnp.asarray(check_where(who, where, chosen.pairs)).reshape(chosen.pairs)
+    weight = weight.astype(chosen.counted.dtype)
+    reference = Reference(
+        (reference_chosen_x, reference_rejected_x), reference_kernel, reference_bias, (reference_chosen_log_probs, reference_rejected_log_probs)
+    )
+    of_reference = reference.log_probs(who, loss_type, (chosen, rejected), weight, kernel.shape[1], options, average)
 
-    def log_ratio(which: str, x: Any, labels: Any, reference_x: Any) -> jax.Array:
-        """log π - log ref of each sequence."""
-        if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
-            raise TypeError(f"linear_dpo: {which}_labels are of dtype {jnp.asarray(labels).dtype}, but must be integers")
-        if jnp.ndim(x) < 2:
-            raise ValueError(f"linear_dpo: {which}_x has shape {jnp.shape(x)}, but must be (*batch, time, features)")
-        of_tokens = [
-            linear_cross_entropy(*a, ignore_index=ignore_index, logit_soft_cap=logit_soft_cap, reduction="none", block_size=block_size)
-            for a in ((x, kernel, labels, bias), lax.stop_gradient((reference_x, reference_kernel, labels, reference_bias)))
-        ]
-        return (of_tokens[1] - of_tokens[0]).sum(-1)
-
-    chosen = log_ratio("chosen", chosen_x, chosen_labels, reference_chosen_x)
-    rejected = log_ratio("rejected", rejected_x, rejected_labels, reference_rejected_x)
-    if chosen.shape != rejected.shape:
-        raise ValueError(f"linear_dpo: chosen sequences have batch {chosen.shape}, but rejected ones {rejected.shape}: give one of each for a pair")
-    margin = beta * (chosen - rejected)
-    loss = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
+    total = chosen.log_probs(chosen_x, kernel, bias, options)
+    ratio = chosen.averaged(total, average) - of_reference[0]
+    other = rejected.averaged(rejected.log_probs(rejected_x, kernel, bias, options), average) - of_reference[1]
+    loss = preference.losses(ratio - other)
+    if alpha:
+        loss = loss - alpha * total.sum() * safe_reciprocal(chosen.length().sum())
+    loss = product(weight, loss)
     if reduction != "none":
-        loss = loss.sum() / (max(loss.size, 1) if reduction == "mean" else 1)
-    return (loss, lax.stop_gradient(beta * chosen), lax.stop_gradient(beta * rejected)) if return_rewards else loss
+        loss = loss.sum() * (safe_reciprocal(weight.sum()) if reduction == "mean" else 1)
+    return (loss, *(lax.stop_gradient(preference.beta * r) for r in (ratio, other))) if return_rewards else loss

@@ -26,33 +26,31 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from layers.core.checks import check_block_size
+from layers.core import checks
 from layers.core.function import Function
-from layers.core.numerics import safe_reciprocal, wide
-from layers.core.products import inner
+from layers.core.numerics import product, safe_reciprocal, wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
-from layers.losses import rows
-from layers.losses.arguments import as_batch, check_head, check_reduction, refuse_traced
+from layers.losses.arguments import as_batch, check_head, check_where, read_options
 from layers.losses.divergence import Options, Stats, divergence_gradients, divergences
 from layers.losses.head import Gradients, Head, by_groups, fold, replace_by_groups, rows_in_block
 
 
 class LinearJSDFunction(Function):
     @staticmethod
-    def forward(ctx, x, kernel, bias, teacher_x, teacher_kernel, teacher_bias, mask, options):
+    def forward(ctx, x, kernel, bias, teacher_x, teacher_kernel, teacher_bias, where, options):
         head, teacher = Head(kernel, bias), Head(teacher_kernel, teacher_bias)
         ctx.in_forward = options.reduction != "none"
         wanted = Gradients(*ctx.needs_input_grad[:3])
         now = ctx.in_forward and any(ctx.needs_input_grad[:3])
-        weight = _weight(x, kernel, mask)
+        weight = _weight(x, kernel, where)
 
         def body(sums, block):
             x, teacher_x, weight = block
             a, b = head.logits(x), teacher.logits(teacher_x)
             loss, stats = by_groups(lambda ab: divergences(ab[0], ab[1], options), (a, b))
-            sums, dx = wanted.add(sums, _gradients(a, b, stats, weight, options), x, head) if now else (None, None)
-            return sums, (rows.product(weight, loss), stats, dx)
+            sums, dx = wanted.add(sums, _gradients(a, b, stats, weight, options), x, head, weight != 0) if now else (None, None)
+            return sums, (product(weight, loss), stats, dx)
 
         start = wanted.start(head, weight.dtype) if now else None
         sums, (loss, stats, dx) = fold(body, start, (x, teacher_x, weight), block=_block(x, head, options))
@@ -60,7 +58,7 @@ class LinearJSDFunction(Function):
         if ctx.in_forward:
             ctx.save_for_backward((dx, *sums) if now else (None, None, None), _scale(weight, options))
         else:
-            ctx.save_for_backward(x, kernel, bias, teacher_x, teacher_kernel, teacher_bias, mask, stats)
+            ctx.save_for_backward(x, kernel, bias, teacher_x, teacher_kernel, teacher_bias, where, stats)
         return loss if options.reduction == "none" else loss.sum() * _scale(weight, options)
 
     @staticmethod
@@ -68,14 +66,15 @@ class LinearJSDFunction(Function):
         if ctx.in_forward:
             gradients, scale = ctx.saved_tensors
             return *(None if g is None else dloss * scale * g for g in gradients), None, None, None, None, None
-        (x, kernel, bias, teacher_x, teacher_kernel, teacher_bias, mask, stats), dloss = barrier(ctx.saved_tensors, dloss)
+        (x, kernel, bias, teacher_x, teacher_kernel, teacher_bias, where, stats), dloss = barrier(ctx.saved_tensors, dloss)
         head, teacher, options = Head(kernel, bias), Head(teacher_kernel, teacher_bias), ctx.options
         wanted = Gradients(*ctx.needs_input_grad[:3])
-        weight = _weight(x, kernel, mask) * dloss
+        weight = product(_weight(x, kernel, where), dloss)
 
         def body(sums, block):
             x, teacher_x, stats, weight = block
-            return wanted.add(sums, _gradients(head.logits(x), teacher.logits(teacher_x), stats, weight, options), x, head)
+            da = _gradients(head.logits(x), teacher.logits(teacher_x), stats, weight, options)
+            return wanted.add(sums, da, x, head, weight != 0)
 
         start = wanted.start(head, weight.dtype)
         (dkernel, dbias), dx = fold(body, start, (x, teacher_x, stats, weight), block=_block(x, head, options))
@@ -85,31 +84,31 @@ class LinearJSDFunction(Function):
     def jvp(ctx, dx, dkernel, dbias, *_):
         if ctx.in_forward:
             gradients, scale = ctx.saved_tensors
-            terms = (inner(g, t) for g, t in zip(gradients, (dx, dkernel, dbias), strict=True) if g is not None)
+            terms = (product(g, t).sum() for g, t in zip(gradients, (dx, dkernel, dbias), strict=True) if g is not None)
             return scale * sum(terms, jnp.zeros_like(scale))
-        x, kernel, bias, teacher_x, teacher_kernel, teacher_bias, mask, stats = ctx.saved_tensors
+        x, kernel, bias, teacher_x, teacher_kernel, teacher_bias, where, stats = ctx.saved_tensors
         head, teacher, options = Head(kernel, bias), Head(teacher_kernel, teacher_bias), ctx.options
         wanted = Gradients(*ctx.needs_input_grad[:3])
 
         def body(_, block):
             x, dx, teacher_x, stats, weight = block
             da = divergence_gradients(head.logits(x), teacher.logits(teacher_x), stats, weight, options)
-            return None, (da * wanted.tangent(x, dx, head, Head(dkernel, dbias))).sum(-1)
+            return None, product(da, wanted.tangent(x, dx, head, Head(dkernel, dbias))).sum(-1)
 
-        return fold(body, None, (x, dx, teacher_x, stats, _weight(x, kernel, mask)), block=_block(x, head, options))[1]
+        return fold(body, None, (x, dx, teacher_x, stats, _weight(x, kernel, where)), block=_block(x, head, options))[1]
 
     @staticmethod
-    def surrogate(x, kernel, bias, teacher_x, teacher_kernel, teacher_bias, mask, options):
+    def surrogate(x, kernel, bias, teacher_x, teacher_kernel, teacher_bias, where, options):
         """The same on whole logits, with the teacher as a constant."""
         teacher = lax.stop_gradient((teacher_x, Head(teacher_kernel, teacher_bias)))
-        loss = rows.product(_weight(x, kernel, mask), divergences(Head(kernel, bias).logits(x), teacher[1].logits(teacher[0]), options)[0])
-        return loss if options.reduction == "none" else loss.sum() * _scale(_weight(x, kernel, mask), options)
+        loss = product(_weight(x, kernel, where), divergences(Head(kernel, bias).logits(x), teacher[1].logits(teacher[0]), options)[0])
+        return loss if options.reduction == "none" else loss.sum() * _scale(_weight(x, kernel, where), options)
 
     @staticmethod
     def example(key, dtype):
         shapes = (5, 3), (3, 7), (7,), (5, 2), (2, 7)
         x, kernel, bias, *teacher = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 5), shapes, strict=True))
-        return x, kernel, bias, *teacher, None, jnp.array([True, True, False, True, True]), Options(0.3, 1.5)
+        return x, kernel, bias, *teacher, None, jnp.array([1, 2, 0, 1, 3]), Options(0.3, 1.5)
 
 
 def _gradients(a: jax.Array, b: jax.Array, stats: Stats, weight: jax.Array, options: Options) -> jax.Array:
@@ -124,10 +123,10 @@ def _block(x: jax.Array, head: Head, options: Options) -> int:
     return rows_in_block(x.shape[0], 2 * head.vocab, options.block_size)
 
 
-def _weight(x: jax.Array, kernel: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """1 for each row that counts, else 0."""
+def _weight(x: jax.Array, kernel: jax.Array, where: jax.Array | None) -> jax.Array:
+    """How much each row counts."""
     dtype = wide(jnp.promote_types(x.dtype, kernel.dtype))
-    return jnp.ones(x.shape[:1], dtype) if mask is None else mask.astype(dtype)
+    return jnp.ones(x.shape[:1], dtype) if where is None else where.astype(dtype)
 
 
 def _scale(weight: jax.Array, options: Options) -> jax.Array:
@@ -144,6 +143,7 @@ def linear_jsd(
     teacher_bias: Float[Array, " vocab"] | None = None,
     mask: Bool[Array, "*batch"] | None = None,
     *,
+    where: Bool[Array, "*#batch"] | Float[Array, "*#batch"] | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
     reduction: str = "mean",
@@ -158,10 +158,12 @@ def linear_jsd(
         student_x, student_kernel, student_bias: the logits of the student are `student_x @ student_kernel + student_bias`.
         teacher_x, teacher_kernel, teacher_bias: the same of the teacher, of any number of features.
         mask: True where a row counts; None for everywhere.
+        where: how much each row counts, a mask or weights, which multiply its loss. Constants, without a gradient. What is in a row that does
+            not count, by either of the two, is not touched: it may be NaN.
         beta: the teacher's share of the mixture, in [0, 1]; 0 is KL(teacher || student), 1 is KL(student || teacher), which is huge
             and not infinite for what the teacher excludes.
         temperature: divides all logits.
-        reduction: "mean" over the rows that count (0 where none does); "sum"; "none" for each row.
+        reduction: "mean" over the rows that count, divided by the sum of their weights, and 0 where that is 0; "sum"; "none" for each row.
         block_size: rows in a block; None to choose.
 
     Returns:
@@ -171,33 +173,26 @@ def linear_jsd(
         ValueError: for shapes that do not fit, an unknown reduction, a value out of its range.
         TypeError: where arrays are of the wrong dtype.
     """
-    refuse_traced("linear_jsd", beta=beta, temperature=temperature)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"linear_jsd: beta is {beta}, but must lie in [0, 1]")
-    options = Options(float(beta), float(temperature), reduction, block_size)
-    return distill("linear_jsd", (student_x, student_kernel, student_bias), (teacher_x, teacher_kernel, teacher_bias), mask, options)
+    options = read_options("linear_jsd", beta=beta, temperature=temperature, reduction=reduction, block_size=block_size)
+    student, teacher = (student_x, student_kernel, student_bias), (teacher_x, teacher_kernel, teacher_bias)
+    return distill("linear_jsd", student, teacher, mask, where, Options(**options))
 
 
-def distill(name: str, student: tuple[Any, Any, Any], teacher: tuple[Any, Any, Any], mask: Any, options: Options) -> Array:
-    """Checks the arguments, and applies the layer."""
-    x, kernel, bias = check_head(name, *student, prefix="student_")
-    teacher_x, teacher_kernel, teacher_bias = lax.stop_gradient(check_head(name, *teacher, prefix="teacher_"))
-    check_reduction(name, options.reduction)
-    check_block_size(name, options.block_size)
-    if not options.temperature > 0:
-        raise ValueError(f"{name}: temperature is {options.temperature}, but must be positive")
+def distill(who: str, student: tuple[Any, Any, Any], teacher: tuple[Any, Any, Any], mask: Any, where: Any, options: Options) -> Array:
+    """Checks the arrays, and applies the layer."""
+    x, kernel, bias = check_head(who, *student, names=("student_x", "student_kernel", "student_bias"))
+    teacher = lax.stop_gradient(check_head(who, *teacher, names=("teacher_x", "teacher_kernel", "teacher_bias")))
+    teacher_x, teacher_kernel, teacher_bias = teacher
     batch = x.shape[:-1]
     if teacher_x.shape[:-1] != batch or teacher_kernel.shape[1] != kernel.shape[1]:
         raise ValueError(
-            f"{name}: the teacher's batch {teacher_x.shape[:-1]} and vocab {teacher_kernel.shape[1]} must be those of the student, "
-            f"{batch} and {kernel.shape[1]}"
+            f"{who}: the teacher's batch {teacher_x.shape[:-1]} and vocab {teacher_kernel.shape[1]} must be those of the student, "
+            f"{batch} and {kernel.shape[1]} (student_x: {x.shape}, teacher_x: {teacher_x.shape}, student_kernel: {kernel.shape}, "
+            f"teacher_kernel: {teacher_kernel.shape})"
         )
+    counts, mask = check_where(who, where, batch), checks.array(who, "mask", mask, "boolean", optional=True)
+    checks.shape(who, "mask", mask, batch, "(*batch)", student_x=x)
     if mask is not None:
-        mask = jnp.asarray(mask)
-        if mask.dtype != jnp.bool_:
-            raise TypeError(f"{name}: mask is of dtype {mask.dtype}, but must be of bool: labels != ignore_index, for example")
-        if mask.shape != batch:
-            raise ValueError(f"{name}: mask has shape {mask.shape}, but must be (*batch) = {batch}")
-        mask = as_rows(mask, batch)
-    loss = LinearJSDFunction.apply(as_rows(x, batch), kernel, bias, as_rows(teacher_x, batch), teacher_kernel, teacher_bias, mask, options)
+        counts = as_rows(mask, batch) if counts is None else jnp.where(as_rows(mask, batch), counts, 0)
+    loss = LinearJSDFunction.apply(as_rows(x, batch), kernel, bias, as_rows(teacher_x, batch), teacher_kernel, teacher_bias, counts, options)
     return as_batch((loss,), batch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from layers.losses.arguments import refuse_traced
+from layers.losses.arguments import read_options
 from layers.losses.divergence import Options
 from layers.losses.linear_jsd import distill
 
@@ -23,6 +23,7 @@ def linear_kl_divergence(
     teacher_bias: Float[Array, " vocab"] | None = None,
     mask: Bool[Array, "*batch"] | None = None,
     *,
+    where: Bool[Array, "*#batch"] | Float[Array, "*#batch"] | None = None,
     temperature: float = 1.0,
     reduction: str = "mean",
     block_size: int | None = None,
@@ -33,7 +34,7 @@ def linear_kl_divergence(
     wanted. The teacher gets none. The loss is not multiplied by temperature². KL(student || teacher) is `linear_jsd` with `beta=1`.
 
     Args:
-        student_x, student_kernel, teacher_x, teacher_kernel, student_bias, teacher_bias, mask, temperature, reduction, block_size: as in
+        student_x, student_kernel, teacher_x, teacher_kernel, student_bias, teacher_bias, mask, where, temperature, reduction, block_size: as in
             `linear_jsd`.
 
     Returns:
@@ -43,7 +44,6 @@ def linear_kl_divergence(
         ValueError: for shapes that do not fit, an unknown reduction, a value out of its range.
         TypeError: where arrays are of the wrong dtype.
     """
-    refuse_traced("linear_kl_divergence", temperature=temperature)
-    options = Options(0.0, float(temperature), reduction, block_size)
+    options = read_options("linear_kl_divergence", temperature=temperature, reduction=reduction, block_size=block_size)
     student, teacher = (student_x, student_kernel, student_bias), (teacher_x, teacher_kernel, teacher_bias)
-    return distill("linear_kl_divergence", student, teacher, mask, options)
+    return distill("linear_kl_divergence", student, teacher, mask, where, Options(beta=0.0, **options))

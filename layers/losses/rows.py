@@ -1,18 +1,18 @@
 """Softmax cross entropy of a block of rows of logits, and its gradient: what every cross entropy here is computed from.
 
-With a the raw logits of a row, c the soft cap, w the class weights (1 where none), s the label smoothing, V the number of classes:
+With a the raw logits of a row, c the soft cap, τ the temperature, w the class weights (1 where none), s the label smoothing, V the number of classes:
 
-    z = c tanh(a / c) or a,   lse = log Σ exp(z),   p = exp(z - lse)
+    z = c tanh(a / c) or a,   lse = log Σ exp(z / τ),   p = exp(z / τ - lse),   H = -Σ p log p
 
-An integer label y gives the target t = (1 - s) w_y [c = y] + s w_c / V, a distribution q gives t = w_c ((1 - s) q_c + s / V). With m the
-weight of the row (w_y, and 1 for a distribution) and λ the z-loss:
+An integer label y gives the target t = (1 - s) w_y [c = y] + s w_c / V, a distribution q gives t = w_c ((1 - s) q_c + s / V). With n what the row
+counts, m its weight (n w_y, and n for a distribution) and λ the z-loss:
 
-    loss = -Σ t (z - lse) + m λ lse²
-    da   = slope ((Σ t + 2 m λ lse) dloss p - dloss t + dlse p),   slope = 1 - tanh²(a / c)
+    loss = -n Σ t log p + m λ lse²
+    da   = slope / τ ((n Σ t + 2 m λ lse) dloss p - n dloss t + dlse p - dH p (log p + H)),   slope = 1 - tanh²(a / c)
 
-(Σ t is not 1, because of the weights.) Everything is computed from z - max, so that no digits are lost in large logits. A row whose largest
-logit is infinite is taken to its limit: the classes that reach it share all the probability. A row that is ignored has m = t = 0; a label
-that is no class makes its row NaN, loss and gradient.
+(Σ t is not 1, because of the weights.) A row with n = 0 is not touched: whatever is in it, its loss is 0, and so is its gradient but for what its own
+lse and entropy are asked for. A label that is no class makes its row NaN, loss and gradient. The entropy as a function of z has no other terms in its
+gradient: those in which p moves add up to that of H.
 
 Reference: `torch.nn.functional.cross_entropy`; the z-loss of `t5x.losses.cross_entropy_with_logits`; the cap of Gemma 2.
 """
@@ -25,23 +25,60 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layers.core.numerics import safe_reciprocal
+from layers.core.numerics import product, safe_reciprocal
+from layers.losses.softmax import Softmax, over
 from layers.losses.targets import Options, Targets, reduced
 
 
-class Softmax(NamedTuple):
-    """The largest logit of each row, and Σ exp(logit - largest): together the logsumexp."""
+class Rows(NamedTuple):
+    """What is found of each row; None where it is not wanted."""
 
-    largest: jax.Array
-    total: jax.Array
+    loss: jax.Array
+    softmax: Softmax
+    hits: jax.Array | None
+    entropy: jax.Array | None
+    rank: jax.Array | None
 
-    @property
-    def log_sum(self) -> jax.Array:
-        return jnp.log(self.total)
+    @classmethod
+    def of(cls, a: jax.Array, targets: Targets, class_weights: jax.Array | None, options: Options) -> Rows:
+        """Those of raw logits `a`."""
+        z = cap_logits(a, options)
+        softmax = Softmax.of(z, options.temperature)
+        return cls(
+            _losses(z, softmax, targets, class_weights, options),
+            softmax,
+            _hits(a, targets) if options.return_accuracy else None,
+            softmax.entropy(z, options.temperature) if options.return_entropy else None,
+            _rank(z, targets) if options.return_rank else None,
+        )
 
-    @property
-    def logsumexp(self) -> jax.Array:
-        return self.largest + self.log_sum
+    def outputs(self, ctx: Any, targets: Targets, options: Options) -> tuple[Any, ...]:
+        """What a rule returns: the loss, reduced; the logsumexp, accuracy, entropy and rank, or None where they are not wanted."""
+        hits = self.hits
+        if hits is not None and options.reduction != "none":
+            hits = hits.sum() * safe_reciprocal(targets.counted.sum())
+        ctx.mark_non_differentiable(*(x for x in (hits, self.rank) if x is not None))
+        logsumexp = self.softmax.logsumexp(options.temperature) if options.return_logsumexp else None
+        return reduced(self.loss, targets, options), logsumexp, hits, self.entropy, self.rank
+
+
+class Flow(NamedTuple):
+    """The gradients that arrive at the logsumexp and at the entropy of each row, and its entropy; None where there are none."""
+
+    logsumexp: jax.Array | None = None
+    entropy: jax.Array | None = None
+    value: jax.Array | None = None
+
+
+NO_FLOW = Flow()
+
+
+def touched(targets: Targets, flow: Flow = NO_FLOW) -> jax.Array:
+    """Whether a row counts, or anything that was asked of it has a gradient."""
+    found = targets.counted != 0
+    for gradient in flow[:2]:
+        found = found if gradient is None else found | (gradient != 0)
+    return found
 
 
 def cap_logits(a: jax.Array, options: Options) -> jax.Array:
@@ -49,56 +86,12 @@ def cap_logits(a: jax.Array, options: Options) -> jax.Array:
     return a if cap is None else cap * jnp.tanh(a / cap)
 
 
-def softmax_of(z: jax.Array) -> Softmax:
-    """The normaliser of rows of logits."""
-    largest = lax.stop_gradient(z.max(-1))
-    return Softmax(largest, jnp.exp(_shifted(z, largest[:, None])).sum(-1))
-
-
-def outputs(ctx: Any, loss: jax.Array, softmax: Softmax, hits: jax.Array | None, targets: Targets, options: Options) -> tuple[Any, ...]:
-    """What a rule returns: the loss, reduced; the logsumexp and the accuracy, or None where they are not wanted."""
-    accuracy = hits
-    if hits is not None and options.reduction != "none":
-        accuracy = hits.sum() * safe_reciprocal(targets.counted.sum())
-    if accuracy is not None:
-        ctx.mark_non_differentiable(accuracy)
-    return reduced(loss, targets, options), softmax.logsumexp if options.return_logsumexp else None, accuracy
-
-
-def log_softmax(z: jax.Array, softmax: Softmax) -> jax.Array:
-    """log p of rows of logits."""
-    return _shifted(z, softmax.largest[:, None]) - softmax.log_sum[:, None]
-
-
-def _shifted(z: jax.Array, largest: jax.Array) -> jax.Array:
-    """z - largest, in its limit where that is infinite."""
-    infinite = jnp.isinf(largest)
-    return jnp.where(infinite, jnp.where(z == largest, 0, -jnp.inf), z) - jnp.where(infinite, 0, largest)
-
-
-def row_losses(a: jax.Array, softmax: Softmax, targets: Targets, class_weights: jax.Array | None, options: Options) -> jax.Array:
-    """The loss of each row of raw logits `a`."""
-    s, largest, log_sum = options.label_smoothing, softmax.largest[:, None], softmax.log_sum
-    if targets.indexed:
-        of_class = jnp.take_along_axis(a, targets.classes[:, None], axis=1)
-        nll = log_sum - _shifted(cap_logits(of_class, options), largest)[:, 0]
-        loss = (1 - s) * product(targets.weight, nll)
-        if s:
-            loss = loss + targets.counted * _against(_uniform(a, class_weights, s), _log_p(a, softmax, options))
-    else:
-        t = _of_distribution(targets.classes, class_weights, s, a.dtype)
-        loss = targets.weight * _against(t, _log_p(a, softmax, options))
-    if options.z_loss:
-        loss = loss + options.z_loss * product(targets.weight, softmax.logsumexp**2)
-    return loss
-
-
 def row_gradients(
-    a: jax.Array, softmax: Softmax, targets: Targets, class_weights: jax.Array | None, options: Options, dlse: jax.Array | None = None
+    a: jax.Array, softmax: Softmax, targets: Targets, class_weights: jax.Array | None, options: Options, flow: Flow = NO_FLOW
 ) -> jax.Array:
     """da, for the targets multiplied by the gradient of each row's loss."""
-    s, lse = options.label_smoothing, softmax.logsumexp
-    p = jnp.exp(_shifted(cap_logits(a, options), softmax.largest[:, None])) * (1 / softmax.total)[:, None]
+    s, z = options.label_smoothing, cap_logits(a, options)
+    p = softmax.p(z, options.temperature)
     if targets.indexed:
         hit = jnp.arange(a.shape[1], dtype=targets.classes.dtype) == targets.classes[:, None]
         t, total = jnp.where(hit, (1 - s) * targets.weight[:, None], 0), (1 - s) * targets.weight
@@ -106,43 +99,81 @@ def row_gradients(
             uniform = _uniform(a, class_weights, s)
             t, total = t + targets.counted[:, None] * uniform, total + targets.counted * uniform.sum()
     else:
-        t = targets.weight[:, None] * _of_distribution(targets.classes, class_weights, s, a.dtype)
+        t = product(targets.weight[:, None], _of_distribution(targets.classes, class_weights, s, a.dtype))
         total = t.sum(-1)
     if options.z_loss:
+        lse = softmax.logsumexp(options.temperature)
         total = total + 2 * options.z_loss * targets.weight * jnp.where(jnp.isinf(lse), 0, lse)
-    if dlse is not None:
-        total = total + dlse
+    if flow.logsumexp is not None:
+        total = total + flow.logsumexp
     da = total[:, None] * p - t
+    if flow.entropy is not None and flow.value is not None:
+        da = da - flow.entropy[:, None] * product(p, softmax.log_p(z, options.temperature) + flow.value[:, None])
     if options.logit_soft_cap is not None:
         da = da * (1 - jnp.tanh(a / options.logit_soft_cap) ** 2)
-    return da
+    idle = ~jnp.isfinite(softmax.total) & ~touched(targets, flow)
+    return jnp.where(idle[:, None], 0, over(da, options.temperature))
 
 
 def label_gradients(a: jax.Array, softmax: Softmax, targets: Targets, class_weights: jax.Array | None, options: Options) -> jax.Array:
     """dq of rows whose targets are distributions."""
-    dt = -targets.weight[:, None] * (1 - options.label_smoothing) * _log_p(a, softmax, options)
-    return dt if class_weights is None else dt * class_weights.astype(a.dtype)
+    log_p = softmax.log_p(cap_logits(a, options), options.temperature)
+    dt = product(-(1 - options.label_smoothing) * targets.weight[:, None], log_p)
+    return dt if class_weights is None else product(class_weights.astype(a.dtype), dt)
 
 
 def row_tangents(
-    a: jax.Array, da: jax.Array, dq: jax.Array | None, softmax: Softmax, targets: Targets, class_weights: jax.Array | None, options: Options
-) -> tuple[jax.Array, jax.Array]:
-    """The tangents of each row's loss and logsumexp, from those of the logits and, unless None, of distributions as targets."""
-    dloss = (row_gradients(a, softmax, targets, class_weights, options) * da).sum(-1)
+    a: jax.Array,
+    da: jax.Array,
+    dq: jax.Array | None,
+    found: tuple[Softmax, jax.Array | None],
+    targets: Targets,
+    class_weights: jax.Array | None,
+    options: Options,
+) -> tuple[jax.Array | None, ...]:
+    """The tangents of each row's loss, logsumexp and entropy, from those of the logits and, unless None, of distributions as targets.
+
+    found: the softmax of each row, and its entropy.
+    """
+    softmax, entropy = found
+    nothing, one = targets.times(jnp.zeros_like(softmax.total)), jnp.ones_like(softmax.total)
+
+    def along(targets: Targets, flow: Flow) -> jax.Array:
+        return product(row_gradients(a, softmax, targets, class_weights, options, flow), da).sum(-1)
+
+    dloss = along(targets, NO_FLOW)
     if dq is not None:
-        dloss = dloss + (label_gradients(a, softmax, targets, class_weights, options) * dq).sum(-1)
-    one = jnp.ones_like(softmax.total)
-    return dloss, (row_gradients(a, softmax, targets.times(jnp.zeros_like(one)), class_weights, options, one) * da).sum(-1)
+        slope = label_gradients(a, softmax, targets, class_weights, options)
+        dloss = dloss + jnp.where(slope == 0, 0, product(dq, slope)).sum(-1)
+    dlse = along(nothing, Flow(logsumexp=one)) if options.return_logsumexp else None
+    return dloss, dlse, None if entropy is None else along(nothing, Flow(entropy=one, value=entropy))
 
 
-def row_hits(a: jax.Array, targets: Targets) -> jax.Array:
-    """1 for a row whose largest logit is that of its target, else 0; NaN for a label that is no class."""
+def _losses(z: jax.Array, softmax: Softmax, targets: Targets, class_weights: jax.Array | None, options: Options) -> jax.Array:
+    s = options.label_smoothing
+    if targets.indexed:
+        of_class = jnp.take_along_axis(z, targets.classes[:, None], axis=1)
+        loss = (1 - s) * product(targets.weight, -softmax.log_p(of_class, options.temperature)[:, 0])
+        if s:
+            loss = loss + product(targets.counted, _against(_uniform(z, class_weights, s), softmax.log_p(z, options.temperature)))
+    else:
+        t = _of_distribution(targets.classes, class_weights, s, z.dtype)
+        loss = product(targets.weight, _against(t, softmax.log_p(z, options.temperature)))
+    if options.z_loss:
+        loss = loss + options.z_loss * product(targets.weight, softmax.logsumexp(options.temperature) ** 2)
+    return loss
+
+
+def _hits(a: jax.Array, targets: Targets) -> jax.Array:
+    """What a row counts, if its largest logit is that of its target, else 0; NaN for a label that is no class."""
     wanted = targets.classes if targets.indexed else targets.classes.argmax(-1)
     return lax.stop_gradient(targets.counted * (a.argmax(-1) == wanted))
 
 
-def _log_p(a: jax.Array, softmax: Softmax, options: Options) -> jax.Array:
-    return log_softmax(cap_logits(a, options), softmax)
+def _rank(z: jax.Array, targets: Targets) -> jax.Array:
+    """How many classes have a larger score than the target; -1 for a row that does not count."""
+    of_class = jnp.take_along_axis(z, targets.classes[:, None], axis=1)
+    return jnp.where(targets.counted == 0, -1, (z > of_class).sum(-1, dtype=jnp.int32))
 
 
 def _uniform(a: jax.Array, class_weights: jax.Array | None, s: float) -> jax.Array:
@@ -159,9 +190,3 @@ def _of_distribution(q: jax.Array, class_weights: jax.Array | None, s: float, dt
 def _against(t: jax.Array, log_p: jax.Array) -> jax.Array:
     """-Σ t log_p, where 0 times anything is 0."""
     return -product(t, log_p).sum(-1)
-
-
-def product(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """weight x, and 0 where weight is 0, whatever x is."""
-    zero = weight == 0
-    return jnp.where(zero, 0, weight * jnp.where(zero, 1, x))

@@ -5,7 +5,8 @@
 Both ways it goes in blocks of rows, so that nothing of the size of the logits is there but themselves and their gradient. The gradient is
 computed from the logits again, as p = exp(z - max) / total.
 
-Saved: the logits and labels (arguments), and for each row the largest logit and the sum of exp(z - max), in float32: in one number, the
+Saved: the logits and labels (arguments), and for each row the largest logit and the sum of exp(z - max), in float32 (and its entropy, where that
+is returned): in one number, the
 logsumexp, the digits that large logits need would be lost.
 
 Reference: `rows.py`.
@@ -19,20 +20,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from layers.core import checks
 from layers.core.blocks import block_size as divide
 from layers.core.blocks import by_device, fold_blocks
-from layers.core.checks import check_floating
 from layers.core.function import Function
 from layers.core.machine import UNLIMITED, choose
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
 from layers.core.slices import slice_here
-from layers.losses import rows
 from layers.losses.arguments import as_batch, check_labels, read_options
-from layers.losses.targets import Options, read_labels, reduced, scale_of
+from layers.losses.rows import Flow, Rows, label_gradients, row_gradients, row_tangents
+from layers.losses.targets import Labels, Options, reduced, scale_of
 
 BLOCK_BYTES, NARROW_BLOCK_BYTES = 1 << 20, 1 << 24
 """On a CPU, of a float32 block of logits, and of one of 16-bit logits: to write it, its compiler before JAX 0.12 goes through all of a 16-bit array.
@@ -42,50 +43,46 @@ On an accelerator one block takes all."""
 
 class SoftmaxCrossEntropyFunction(Function):
     @staticmethod
-    def forward(ctx, logits, labels, class_weights, options):
-        targets = read_labels(labels, class_weights, logits.shape[1], options, wide(logits.dtype))
-
-        def of_rows(a, targets):
-            softmax = rows.softmax_of(rows.cap_logits(a, options))
-            hits = rows.row_hits(a, targets) if options.return_accuracy else None
-            return rows.row_losses(a, softmax, targets, class_weights, options), softmax, hits
-
-        loss, softmax, hits = _by_blocks(of_rows, logits, (targets,), options)
-        ctx.save_for_backward(logits, labels, class_weights, softmax)
+    def forward(ctx, logits, labels, options):
+        targets = labels.read(logits.shape[1], options, wide(logits.dtype))
+        found = _by_blocks(lambda a, targets: Rows.of(a, targets, labels.class_weights, options), logits, (targets,), options)
+        ctx.save_for_backward(logits, labels, found.softmax, found.entropy)
         ctx.options = options
-        return rows.outputs(ctx, loss, softmax, hits, targets, options)
+        return found.outputs(ctx, targets, options)
 
     @staticmethod
-    def backward(ctx, dloss, dlse, _):
-        (logits, labels, class_weights, softmax), (dloss, dlse) = barrier(ctx.saved_tensors, (dloss, dlse))
-        options, wants_labels = ctx.options, ctx.needs_input_grad[1]
-        targets = read_labels(labels, class_weights, logits.shape[1], options, wide(logits.dtype))
+    def backward(ctx, dloss, dlse, _, dentropy, __):
+        (logits, labels, softmax, entropy), (dloss, dlse, dentropy) = barrier(ctx.saved_tensors, (dloss, dlse, dentropy))
+        options, wants_labels, class_weights = ctx.options, ctx.needs_input_grad[1], labels.class_weights
+        targets = labels.read(logits.shape[1], options, wide(logits.dtype))
         scale = scale_of(targets, options)
         factor = jnp.broadcast_to(dloss if scale is None else dloss * scale, logits.shape[:1])
+        flow = Flow(dlse if options.return_logsumexp else None, dentropy if options.return_entropy else None, entropy)
 
-        def of_rows(a, softmax, targets, dlse):
-            dlogits = rows.row_gradients(a, softmax, targets, class_weights, options, dlse).astype(logits.dtype)
-            return dlogits, rows.label_gradients(a, softmax, targets, class_weights, options) if wants_labels else None
+        def of_rows(a, softmax, targets, flow):
+            dlogits = row_gradients(a, softmax, targets, class_weights, options, flow).astype(logits.dtype)
+            return dlogits, label_gradients(a, softmax, targets, class_weights, options) if wants_labels else None
 
-        dlogits, dlabels = _by_blocks(of_rows, logits, (softmax, targets.times(factor), dlse), options)
-        return dlogits, dlabels, None, None
+        dlogits, dlabels = _by_blocks(of_rows, logits, (softmax, targets.times(factor), flow), options)
+        return dlogits, Labels(dlabels), None
 
     @staticmethod
-    def jvp(ctx, dlogits, dlabels, *_):
-        logits, labels, class_weights, softmax = ctx.saved_tensors
+    def jvp(ctx, dlogits, dlabels, _):
+        logits, labels, *found = ctx.saved_tensors
         options = ctx.options
-        targets = read_labels(labels, class_weights, logits.shape[1], options, wide(logits.dtype))
+        targets = labels.read(logits.shape[1], options, wide(logits.dtype))
 
-        def of_rows(a, dlogits, dlabels, softmax, targets):
-            return rows.row_tangents(a, dlogits, dlabels, softmax, targets, class_weights, options)
+        def of_rows(a, dlogits, dlabels, found, targets):
+            return row_tangents(a, dlogits, dlabels, found, targets, labels.class_weights, options)
 
-        dloss, dlse = _by_blocks(of_rows, logits, (dlogits, dlabels if ctx.needs_input_grad[1] else None, softmax, targets), options)
-        return reduced(dloss, targets, options), dlse if options.return_logsumexp else None, None
+        arrays = dlogits, dlabels.given if ctx.needs_input_grad[1] else None, tuple(found), targets
+        dloss, dlse, dentropy = _by_blocks(of_rows, logits, arrays, options)
+        return reduced(dloss, targets, options), dlse, None, dentropy, None
 
     @staticmethod
     def example(key, dtype):
-        options = Options(label_smoothing=0.1, z_loss=0.1, logit_soft_cap=3.0, return_logsumexp=True)
-        return jax.random.normal(key, (5, 7), dtype), jnp.array([2, 6, -100, 2, 0]), None, options
+        options = Options(label_smoothing=0.1, z_loss=0.1, logit_soft_cap=3.0, return_logsumexp=True, return_entropy=True)
+        return jax.random.normal(key, (5, 7), dtype), Labels(jnp.array([2, 6, -100, 2, 0])), options
 
 
 def _by_blocks(fn: Callable[..., Any], logits: jax.Array, arrays: tuple[Any, ...], options: Options) -> Any:
@@ -117,9 +114,11 @@ def softmax_cross_entropy(
     z_loss: float = 0.0,
     logit_soft_cap: float | None = None,
     class_weights: Float[Array, " vocab"] | None = None,
+    where: Bool[Array, "*#batch"] | Float[Array, "*#batch"] | None = None,
     reduction: str = "mean",
     return_logsumexp: bool = False,
     return_accuracy: bool = False,
+    return_entropy: bool = False,
     block_size: int | None = None,
 ) -> Any:
     """Computes the cross entropy of logits, with the weights, smoothing and mean of `torch.nn.functional.cross_entropy`.
@@ -129,20 +128,21 @@ def softmax_cross_entropy(
 
     Args:
         logits: a row for each label.
-        labels, ignore_index, label_smoothing, z_loss, logit_soft_cap, class_weights, reduction, return_logsumexp, return_accuracy: as in
-            `linear_cross_entropy`.
+        labels, ignore_index, label_smoothing, z_loss, logit_soft_cap, class_weights, where, reduction, return_logsumexp, return_accuracy,
+            return_entropy: as in `linear_cross_entropy`.
         block_size: rows in a block; None to choose: on a CPU so that one takes 1 MiB in float32, in 16 bits 16 MiB; else all.
 
     Returns:
-        The loss, a float32 scalar (or wider) or (*batch); with `return_logsumexp` and `return_accuracy` a tuple of it and these, in this order.
+        The loss, a float32 scalar (or wider) or (*batch); with `return_logsumexp`, `return_accuracy` and `return_entropy` a tuple of it and
+        these, in this order.
 
     Raises:
         ValueError: for shapes that do not fit, an unknown reduction, a value out of its range.
         TypeError: where arrays are of the wrong dtype.
     """
-    name = "softmax_cross_entropy"
+    who = "softmax_cross_entropy"
     options = read_options(
-        name,
+        who,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -150,12 +150,12 @@ def softmax_cross_entropy(
         reduction=reduction,
         return_logsumexp=return_logsumexp,
         return_accuracy=return_accuracy,
+        return_entropy=return_entropy,
         block_size=block_size,
     )
-    logits = jnp.asarray(logits)
-    check_floating(name, logits=logits)
+    logits = checks.array(who, "logits", logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{name}: logits have shape {logits.shape}, but must be (*batch, vocab), with at least one class")
+        raise ValueError(f"{who}: logits have shape {logits.shape}, but must be (*batch, vocab), with at least one class")
     batch = logits.shape[:-1]
-    labels, class_weights = check_labels(name, labels, class_weights, batch, logits.shape[-1])
-    return as_batch(SoftmaxCrossEntropyFunction.apply(as_rows(logits, batch), as_rows(labels, batch), class_weights, options), batch)
+    rows = check_labels(who, labels, class_weights, where, batch, logits.shape[-1])
+    return as_batch(SoftmaxCrossEntropyFunction.apply(as_rows(logits, batch), rows, Options(**options)), batch)

@@ -1,4 +1,4 @@
-"""What the rows of a cross entropy are to be, and how their losses are reduced."""
+"""What the rows of a cross entropy are to be, how much each counts, and how their losses are reduced."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.core.numerics import safe_reciprocal
+from layers.core.numerics import product, safe_reciprocal
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -21,10 +21,18 @@ class Options:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     logit_soft_cap: float | None = None
+    temperature: float = 1.0
     reduction: str = "mean"
     return_logsumexp: bool = False
     return_accuracy: bool = False
+    return_entropy: bool = False
+    return_rank: bool = False
     block_size: int | None = None
+
+    @property
+    def one_number(self) -> bool:
+        """Whether one number is all that has a gradient."""
+        return self.reduction != "none" and not self.return_logsumexp and not self.return_entropy
 
 
 class Targets(NamedTuple):
@@ -45,19 +53,26 @@ class Targets(NamedTuple):
         return self.classes.ndim == 1
 
     def times(self, factor: jax.Array) -> Targets:
-        """With the loss of each row multiplied by `factor`."""
-        return self._replace(weight=self.weight * factor, counted=self.counted * factor)
+        """With the loss of each row that counts multiplied by `factor`."""
+        return self._replace(weight=product(self.weight, factor), counted=product(self.counted, factor))
 
 
-def read_labels(labels: jax.Array, class_weights: jax.Array | None, vocab: int, options: Options, dtype: Any) -> Targets:
-    """The targets that labels, one or one distribution a row, stand for."""
-    if labels.ndim == 2:
-        ones = jnp.ones(labels.shape[:1], dtype)
-        return Targets(labels, ones, ones)
-    kept, inside = labels != options.ignore_index, (labels >= 0) & (labels < vocab)
-    counted = jnp.where(kept, jnp.where(inside, 1, jnp.nan), 0).astype(dtype)
-    classes = jnp.where(kept & inside, labels, 0)
-    return Targets(classes, counted if class_weights is None else counted * class_weights.astype(dtype)[classes], counted)
+class Labels(NamedTuple):
+    """What targets are read from: labels, one or one distribution a row; weights of the classes and of the rows, or None."""
+
+    given: jax.Array
+    class_weights: jax.Array | None = None
+    where: jax.Array | None = None
+
+    def read(self, vocab: int, options: Options, dtype: Any) -> Targets:
+        labels, class_weights, where = self
+        counted = jnp.ones(labels.shape[:1], dtype) if where is None else where.astype(dtype)
+        if labels.ndim == 2:
+            return Targets(labels, counted, counted)
+        kept, inside = labels != options.ignore_index, (labels >= 0) & (labels < vocab)
+        counted = jnp.where(kept, product(counted, jnp.where(inside, 1, jnp.nan).astype(dtype)), 0)
+        classes = jnp.where(kept & inside, labels, 0)
+        return Targets(classes, counted if class_weights is None else product(counted, class_weights.astype(dtype)[classes]), counted)
 
 
 def scale_of(targets: Targets, options: Options) -> jax.Array | None:

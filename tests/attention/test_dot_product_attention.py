@@ -34,11 +34,14 @@ def direct(q: Any, k: Any, v: Any, bias: Any = None, mask: Any = None, **o: Any)
     s = s if bias is None else s + bias
     t, u = jnp.arange(s.shape[2])[:, None], jnp.arange(s.shape[3])[None]
     seen = jnp.ones(s.shape, bool) if mask is None else jnp.broadcast_to(mask, s.shape)
+    if o.get("query_offset") is not None:
+        t = t + jnp.reshape(jnp.asarray(o["query_offset"]), (-1, 1, 1, 1))
     if o.get("is_causal"):
         seen &= u <= t
     if o.get("local_window_size") is not None:
         left, right = o["local_window_size"]
         seen &= (u >= t - left) & (u <= t + right)
+    t = jnp.arange(s.shape[2])[:, None]
     if o.get("query_seq_lengths") is not None:
         seen &= (t < o["query_seq_lengths"][:, None, None])[:, None]
     if o.get("key_value_seq_lengths") is not None:
@@ -75,6 +78,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "scale": {"scale": 0.7},
     "causal": {"is_causal": True},
+    "causal to the last key": {"is_causal": True, "query_offset": KV_TIME - TIME},
+    "causal, ahead of all keys": {"is_causal": True, "query_offset": -20},
+    "causal from an array": {"is_causal": True, "query_offset": jnp.array(-2)},
+    "window from an array": {"is_causal": True, "local_window_size": (3, 0), "query_offset": jnp.array([4, -3])},
+    "window, moved": {"local_window_size": (2, 1), "query_offset": 3},
+    "mask of integers": {"mask": random_mask(BATCH, 1, TIME, KV_TIME).astype(jnp.int8)},
     "window": {"local_window_size": (2, 1)},
     "causal window": {"is_causal": True, "local_window_size": (3, 2)},
     "window that leaves out queries": {"local_window_size": (0, 0)},
@@ -394,6 +403,24 @@ def test_batch_is_sharded_by_shard_map() -> None:
     assert_trees_close(sharded, grad(*args), rtol=1e-5, atol=1e-6)
 
 
+def test_tiles_that_a_moved_causal_mask_hides_are_not_computed() -> None:
+    q, k = jnp.zeros((1, 256, 1, 8)), jnp.zeros((1, 512, 1, 8))
+
+    def tiles(offset: int) -> int:
+        """The length of the loop."""
+        text = str(jax.make_jaxpr(lambda q, k: dot_product_attention(q, k, k, is_causal=True, query_offset=offset))(q, k))
+        return int(text.split("length=")[1].split("\n")[0])
+
+    assert tiles(-255) == 1 < tiles(0) < tiles(256) < tiles(511)
+
+
+def test_offset_may_be_traced_for_decoding() -> None:
+    q, k, v = arrays()
+    step = jax.jit(lambda t: dot_product_attention(q[:, :1], k, v, is_causal=True, query_offset=t))
+    for t in (0, 3, KV_TIME - 1):
+        assert_trees_close(step(t), dot_product_attention(q[:, :1], k[:, : t + 1], v[:, : t + 1]), rtol=1e-5, atol=1e-6)
+
+
 def test_segments_in_a_list_are_a_batch_and_no_pair() -> None:
     q, k, v = arrays(time=4, kv_time=4)
     ids = [[0, 0, 1, 1], [0, 1, 1, 1]]
@@ -422,7 +449,15 @@ WRONG = [
     (ValueError, "batch", {"key": jnp.zeros((1, KV_TIME, KV_HEADS, DIM))}),
     (ValueError, "without batch", {"key": jnp.zeros((KV_TIME, KV_HEADS, DIM))}),
     (TypeError, "dtype", {"key": jnp.zeros((BATCH, KV_TIME, KV_HEADS, DIM), jnp.bfloat16)}),
-    (TypeError, "mask", {"mask": jnp.zeros((1, 1, TIME, KV_TIME))}),
+    (TypeError, "mask is of dtype float32.*mask != 0 of zeros and ones", {"mask": jnp.zeros((1, 1, TIME, KV_TIME))}),
+    (
+        ValueError,
+        r"mask has shape \(2, 11, 9\), whose first axis may be batch or heads: mask\[:, None\]",
+        {"mask": random_mask(BATCH, TIME, KV_TIME)},
+    ),
+    (ValueError, "query_offset has shape", {"query_offset": jnp.zeros(3, int), "is_causal": True}),
+    (TypeError, "query_offset is of dtype float32", {"query_offset": jnp.array(1.0), "is_causal": True}),
+    (ValueError, "cudnn.*query_offset", {"implementation": "cudnn", "query_offset": 1}),
     (ValueError, "bias", {"bias": jnp.zeros((1, 3, TIME, KV_TIME))}),
     (ValueError, "bias", {"bias": jnp.zeros((1, 1, 1, TIME, KV_TIME))}),
     (ValueError, "key_value_seq_lengths", {"key_value_seq_lengths": jnp.array([1])}),
@@ -434,11 +469,24 @@ WRONG = [
     (ValueError, "dropout_key has shape", {"dropout_rate": 0.5, "dropout_key": jax.random.split(jax.random.key(0), 3)}),
     (ValueError, "dropout_key has shape", {"dropout_rate": 0.5, "dropout_key": jnp.zeros((3, 2), jnp.uint32)}),
     (TypeError, "dropout_key is an array float32", {"dropout_rate": 0.5, "dropout_key": jnp.array([0.1, 0.2])}),
-    (TypeError, "segment_ids are of dtype float32", {"segment_ids": (jnp.zeros((BATCH, TIME)), jnp.zeros((BATCH, KV_TIME)))}),
-    (ValueError, "logit_soft_cap is 0", {"logit_soft_cap": 0.0}),
+    (TypeError, "segment_ids is of dtype float32", {"segment_ids": (jnp.zeros((BATCH, TIME)), jnp.zeros((BATCH, KV_TIME)))}),
+    (ValueError, "logit_soft_cap is 0.0", {"logit_soft_cap": 0.0}),
     (ValueError, "logit_soft_cap is -2", {"logit_soft_cap": -2.0}),
     (ValueError, "local_window_size is -1", {"local_window_size": -1}),
-    (ValueError, "local_window_size is", {"local_window_size": (2, -1)}),
+    (ValueError, "local_window_size is -1", {"local_window_size": (2, -1)}),
+    (TypeError, "local_window_size is 1.5", {"local_window_size": (1.5, 1)}),
+    (TypeError, "local_window_size is .*1, 2, 3", {"local_window_size": (1, 2, 3)}),
+    (ValueError, "logit_soft_cap is inf", {"logit_soft_cap": jnp.inf}),
+    (ValueError, "logit_soft_cap is nan", {"logit_soft_cap": jnp.nan}),
+    (TypeError, "is_causal is 'False'", {"is_causal": "False"}),
+    (ValueError, r"scale has shape \(4,\)", {"scale": jnp.ones(4)}),
+    (TypeError, "sinks is of dtype complex64", {"sinks": 1j * jnp.ones(HEADS)}),
+    (TypeError, "bias is of dtype complex64", {"bias": 1j * jnp.ones((1, 1, TIME, KV_TIME))}),
+    (ValueError, "segment_ids has shape", {"segment_ids": (jnp.zeros((1, TIME), int), jnp.zeros((1, KV_TIME), int))}),
+    (ValueError, "segment_ids has shape", {"segment_ids": (jnp.zeros((BATCH + 1, TIME), int), jnp.zeros((BATCH + 1, KV_TIME), int))}),
+    (TypeError, "query is None", {"query": None}),
+    (TypeError, "key is 'abc'", {"key": "abc"}),
+    (TypeError, "dropout_key is 'abc'", {"dropout_key": "abc"}),
 ]
 
 

@@ -68,6 +68,21 @@ def test_decoding_step_by_step_is_that_of_flax() -> None:
     assert_trees_close(ours.cached_key[...], flax.cached_key[...], rtol=0)
 
 
+def test_decoding_sees_every_key_so_far_though_it_is_called_causal() -> None:
+    """As in Flax from 0.12.12 on; before, the one query saw the first key only."""
+    _, causal = pair(decode=True)
+    _, plain = pair(decode=True)
+    x = jax.random.normal(jax.random.key(1), (2, TIME, FEATURES))
+    for module in (causal, plain):
+        module.init_cache(x.shape)
+    for t in range(TIME):
+        assert_trees_close(causal(x[:, t : t + 1], is_causal=True), plain(x[:, t : t + 1]), rtol=1e-6)
+    whole = pair()[1](x, is_causal=True)
+    assert_trees_close(causal(x[:, -1:], decode=False, is_causal=True), pair()[1](x[:, -1:], is_causal=True), rtol=1e-6)
+    plain.init_cache(x.shape)
+    assert_trees_close(jnp.concatenate([plain(x[:, t : t + 1], is_causal=True) for t in range(TIME)], 1), whole, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:Using .Module.sow:DeprecationWarning")
 def test_weights_are_sown_where_asked_for() -> None:
     _, module = pair()

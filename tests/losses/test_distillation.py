@@ -175,18 +175,22 @@ WRONG = {
     "another vocab": (lambda: linear_jsd(X, KERNEL, TX, TK[:, :5]), ValueError, "teacher's batch"),
     "another batch": (lambda: linear_kl_divergence(X, KERNEL, TX[:2], TK), ValueError, "linear_kl_divergence: the teacher's batch"),
     "teacher's features": (lambda: linear_jsd(X, KERNEL, X, TK), ValueError, "teacher_x has shape"),
-    "beta above one": (lambda: linear_jsd(X, KERNEL, TX, TK, beta=1.5), ValueError, r"must lie in \[0, 1\]"),
-    "temperature of zero": (lambda: linear_jsd(X, KERNEL, TX, TK, temperature=0), ValueError, "must be positive"),
+    "beta above one": (lambda: linear_jsd(X, KERNEL, TX, TK, beta=1.5), ValueError, r"beta is 1.5, but must be a number in \[0, 1\]"),
+    "temperature of zero": (lambda: linear_jsd(X, KERNEL, TX, TK, temperature=0), ValueError, "temperature is 0, but must be a number above 0"),
     "mask of numbers": (lambda: linear_jsd(X, KERNEL, TX, TK, mask=jnp.ones(3)), TypeError, "must be of bool"),
     "mask of another shape": (lambda: linear_jsd(X, KERNEL, TX, TK, mask=jnp.ones(2, bool)), ValueError, r"mask has shape \(2,\)"),
-    "unknown reduction": (lambda: linear_kl_divergence(X, KERNEL, TX, TK, reduction="batchmean"), ValueError, "one of mean, sum, none"),
+    "unknown reduction": (lambda: linear_kl_divergence(X, KERNEL, TX, TK, reduction="batchmean"), ValueError, "one of 'mean', 'sum', 'none'"),
     "dpo without time": (lambda: linear_dpo(X[0], X[0], KERNEL, LABELS, LABELS, TX, TX, TK), ValueError, r"chosen_x has shape \(4,\), but must be"),
     "dpo of unequal pairs": (
         lambda: linear_dpo(CHOSEN, CHOSEN[:1], KERNEL, LABELS, LABELS[:1], CHOSEN, CHOSEN[:1], KERNEL),
         ValueError,
         "one of each for a pair",
     ),
-    "dpo beta of zero": (lambda: linear_dpo(CHOSEN, CHOSEN, KERNEL, LABELS, LABELS, CHOSEN, CHOSEN, KERNEL, beta=0), ValueError, "must be positive"),
+    "dpo beta of zero": (
+        lambda: linear_dpo(CHOSEN, CHOSEN, KERNEL, LABELS, LABELS, CHOSEN, CHOSEN, KERNEL, beta=0),
+        ValueError,
+        "beta is 0, but must be a number above 0",
+    ),
 }
 
 
