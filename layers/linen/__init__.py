@@ -1,27 +1,36 @@
-"""The nnx modules of the library as Flax Linen modules, derived.
+"""`flax.linen` with the layers of this library: `from layers import linen as nn` in a Linen file works as it is.
 
-`layers.linen.Linear(3, 4)` takes what `layers.Linear(3, 4)` takes, without `rngs`. What is made of other modules (`DEQ`, `ReversibleStack`,
-`RNN`) is made of Linen modules: they are called by the nnx module, as pure functions of their variables and random keys.
+What Linen has too (`Dense`, `Embed`, `LayerNorm`, `MultiHeadDotProductAttention`, ...) is a subclass of Linen's, with the same fields, variables,
+names and values. The other nnx modules of the library are derived: `linen.MLP(3, 4)` takes what `layers.MLP(3, 4)` takes, without `rngs`.
+What is made of other modules (`DEQ`, `ReversibleStack`, `RNN`) is made of Linen modules. Everything else is `flax.linen`'s own.
 
-Parameters have the same names and lie in Linen's collections (`params`, `batch_stats`, ...); random streams are Linen's.
+Parameters lie in Linen's collections (`params`, `batch_stats`, ...); random streams are Linen's.
 """
 
 from __future__ import annotations
 
-from layers.attention.multi_head_attention import MultiHeadAttention as _MultiHeadAttention
-from layers.dropout.dropout import Dropout as _Dropout
-from layers.embeddings.embed import Embed as _Embed
+from typing import Any
+
+from flax import linen as _linen
+
 from layers.linear.linear import Linear as _Linear
+from layers.linen.attentions import MultiHeadAttention as MultiHeadAttention
+from layers.linen.attentions import MultiHeadDotProductAttention as MultiHeadDotProductAttention
+from layers.linen.attentions import SelfAttention as SelfAttention
+from layers.linen.attentions import dot_product_attention as dot_product_attention
 from layers.linen.deq import DEQ as DEQ
 from layers.linen.derived import derive as derive
+from layers.linen.drops import Dropout as Dropout
+from layers.linen.normalizations import BatchNorm as BatchNorm
+from layers.linen.normalizations import GroupNorm as GroupNorm
+from layers.linen.normalizations import LayerNorm as LayerNorm
+from layers.linen.normalizations import RMSNorm as RMSNorm
+from layers.linen.projections import Dense as Dense
+from layers.linen.projections import Embed as Embed
 from layers.linen.reversible_stack import ReversibleStack as ReversibleStack
 from layers.linen.rnn import RNN as RNN
 from layers.mlp.gated_mlp import GatedMLP as _GatedMLP
 from layers.mlp.mlp import MLP as _MLP
-from layers.norms.batch_norm import BatchNorm as _BatchNorm
-from layers.norms.group_norm import GroupNorm as _GroupNorm
-from layers.norms.layer_norm import LayerNorm as _LayerNorm
-from layers.norms.rms_norm import RMSNorm as _RMSNorm
 from layers.quantization.fp8_linear import Fp8Linear as _Fp8Linear
 from layers.quantization.int8_linear import Int8Linear as _Int8Linear
 from layers.quantization.vector_quantize import VectorQuantizer as _VectorQuantizer
@@ -29,19 +38,20 @@ from layers.recurrent.gru import GRU as _GRU
 from layers.recurrent.lstm import LSTM as _LSTM
 from layers.recurrent.mamba import Mamba as _Mamba
 
-BatchNorm = derive(_BatchNorm)
-Dropout = derive(_Dropout)
-Embed = derive(_Embed)
 Fp8Linear = derive(_Fp8Linear)
 GRU = derive(_GRU)
 GatedMLP = derive(_GatedMLP)
-GroupNorm = derive(_GroupNorm)
 Int8Linear = derive(_Int8Linear)
 LSTM = derive(_LSTM)
-LayerNorm = derive(_LayerNorm)
 Linear = derive(_Linear)
 MLP = derive(_MLP)
 Mamba = derive(_Mamba)
-MultiHeadAttention = derive(_MultiHeadAttention)
-RMSNorm = derive(_RMSNorm)
 VectorQuantizer = derive(_VectorQuantizer)
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_linen, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(_linen)})

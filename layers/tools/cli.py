@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+_INT32, _UINT32, _FLOAT32 = 2**31 - 1, 2**32 - 1, (2 - 2**-23) * 2.0**127
 
 
-def _number(kind: type, least: float, strict: bool) -> object:
+def _number(kind: type, least: float, *, most: float = _FLOAT32, strict: bool = False) -> Any:
+    """Reads a number from `least`, or from above it where `strict`, to `most`."""
+
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-        if not math.isfinite(value) or value < least or (strict and value == least):
+        if not (least < value if strict else least <= value):
             raise argparse.ArgumentTypeError(f"{text} was given, but it must be {'above' if strict else 'at least'} {least:g}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} was given, but it must be at most {most:.10g}")
         return value
 
     return parse
+
+
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name of the folder is empty")
+    return Path(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,17 +39,17 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a model built of these layers on data that is on this machine")
     train.add_argument("--task", choices=("digits", "text"), required=True, help="handwritten digits, or the source of Python's standard library")
-    train.add_argument("--layers", choices=("ours", "flax"), default="ours", help="whose layers the model is built of")
-    train.add_argument("--steps", type=_number(int, 1, False), help="training steps in all")  # type: ignore[arg-type]
-    train.add_argument("--batch-size", type=_number(int, 1, False), help="examples or sequences in a step")  # type: ignore[arg-type]
-    train.add_argument("--learning-rate", type=_number(float, 0, True), default=3e-3)  # type: ignore[arg-type]
-    train.add_argument("--seed", type=_number(int, 0, False), default=0)  # type: ignore[arg-type]
-    train.add_argument("--checkpoint-every", type=_number(int, 1, False), default=100, metavar="STEPS")  # type: ignore[arg-type]
-    train.add_argument("--out", type=Path, help="folder for checkpoints, metrics and plot; runs/TASK by default")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
+    train.add_argument("--layers", choices=("ours", "flax"), help="whose layers the model is built of; ours by default")
+    train.add_argument("--steps", type=_number(int, 1, most=_INT32), help="training steps in all")
+    train.add_argument("--batch-size", type=_number(int, 1, most=_INT32), help="examples or sequences in a step")
+    train.add_argument("--learning-rate", type=_number(float, 0, strict=True), help="0.003 by default")
+    train.add_argument("--seed", type=_number(int, 0, most=_UINT32), help="0 by default")
+    train.add_argument("--checkpoint-every", type=_number(int, 1), metavar="STEPS", help="100 by default")
+    train.add_argument("--out", type=_folder, help="folder for checkpoints, metrics and plot; runs/TASK by default")
+    train.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in the folder, with the options of that run")
     bench = commands.add_parser("bench", help="measure on this machine")
     bench.add_argument("name", nargs="*", help="rows to run: function, or the name of a layer; all by default")
-    bench.add_argument("--rounds", type=_number(int, 0, False), default=5, help="timed runs of each; 0 compiles only")  # type: ignore[arg-type]
+    bench.add_argument("--rounds", type=_number(int, 0), default=5, help="timed runs of each; 0 compiles only")
     bench.add_argument("--json", help="file for the results; rows of other runs that it holds are kept")
     bench.add_argument("--plot", help="picture of the ratios")
     return made
@@ -49,15 +62,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         try:
             return bench.main(options.name, rounds=options.rounds, json_path=options.json, plot_path=options.plot)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             parser().error(str(error))
-    from layers.tools.train import Options, train
+    return _train({k: v for k, v in vars(options).items() if k != "command" and v is not None})
 
-    given = {k: v for k, v in vars(options).items() if k != "command" and v is not None}
-    try:
-        train(Options(**given))
-    except FileExistsError as error:
-        parser().error(str(error))
-    except FileNotFoundError as error:
-        parser().error(str(error))
-    return 0
+
+def _train(given: dict[str, Any]) -> int:
+    """Runs `train`; whatever ends it is one line and an exit code."""
+    from layers.tools.console import lasting
+    from layers.tools.run_error import RunError, reason
+    from layers.tools.signals import Interrupted, StopSignals
+
+    with StopSignals():
+        try:
+            from layers.tools.settings import Options
+            from layers.tools.train import train
+
+            train(Options(**given))
+            return 0
+        except (Interrupted, RunError) as error:
+            message, code = str(error), error.code
+        except ModuleNotFoundError as error:
+            message, code = f"train: {error.name} is not installed: python3 -m pip install 'vjp-layers[train]'", 1
+        except (OSError, MemoryError) as error:
+            message, code = f"train: {getattr(error, 'filename', None) or 'memory'}: {reason(error)}", 1
+        lasting(sys.stderr).write(message + "\n")
+        return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Task:
         validate: `model -> metrics` by name, on data that is never drawn.
         unit: what throughput counts, and `per_example` how many of it an example has.
         steps, batch_size: defaults.
+        data: a digest of the data, which differs where the data does.
     """
 
     model: Callable[[nnx.Rngs], Any]
@@ -40,6 +42,11 @@ class Task:
     per_example: int
     steps: int
     batch_size: int
+    data: str
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
 
 
 class Classifier(nnx.Module):
@@ -77,7 +84,7 @@ def digits(modules: ModuleType) -> Task:
         right = model(test[0]).argmax(-1) == test[1]
         return {"accuracy": float(right.mean()), "loss": float(loss(model, test))}
 
-    return Task(lambda rngs: Classifier(modules, rngs), draw, loss, validate, "images", 1, steps=600, batch_size=128)
+    return Task(lambda rngs: Classifier(modules, rngs), draw, loss, validate, "images", 1, 600, 128, _digest(images, labels))
 
 
 def text(modules: ModuleType, *, length: int = 128, files: int = 200) -> Task:
@@ -98,7 +105,7 @@ def text(modules: ModuleType, *, length: int = 128, files: int = 200) -> Task:
         value = float(loss(model, test[: count * (length + 1)].reshape(count, length + 1)))
         return {"loss": value, "bits_per_byte": value / float(np.log(2))}
 
-    return Task(lambda rngs: Decoder(modules, rngs, vocab=256, length=length), draw, loss, validate, "bytes", length, steps=300, batch_size=16)
+    return Task(lambda rngs: Decoder(modules, rngs, vocab=256, length=length), draw, loss, validate, "bytes", length, 300, 16, _digest(stream))
 
 
 TASKS: dict[str, Callable[[ModuleType], Task]] = {"digits": digits, "text": text}
