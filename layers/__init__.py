@@ -11,11 +11,12 @@ from layers.activations.swiglu import swiglu as swiglu
 from layers.attention.dot_product_attention import dot_product_attention as dot_product_attention
 from layers.attention.multi_head_attention import MultiHeadAttention as MultiHeadAttention
 from layers.attention.rotary_embedding import rotary_embedding as rotary_embedding
+from layers.check.advise import advise as advise
+from layers.check.audit import Residuals as Residuals
 from layers.check.contract import check as check
 from layers.check.gradcheck import GradcheckError as GradcheckError
 from layers.check.gradcheck import gradcheck as gradcheck
 from layers.check.gradcheck import gradgradcheck as gradgradcheck
-from layers.check.residuals import Residuals as Residuals
 from layers.check.residuals import residuals as residuals
 from layers.core.function import Function as Function
 from layers.core.function import forward_mode as forward_mode

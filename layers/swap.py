@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from flax import nnx
 
 from layers.attention.multi_head_attention import MultiHeadAttention
+from layers.check.audit import WAYS
 from layers.core import checks
 from layers.dropout.dropout import Dropout
 from layers.embeddings.embed import Embed
@@ -56,7 +58,8 @@ class SwapReport:
 
     Attributes:
         model: the root of the model; another object than was given only where the root is itself such a layer.
-        rows: one entry for each layer of Flax in the model, and for each of a subclass of one that has a twin.
+        rows: one entry for each layer of Flax in the model, and for each of a subclass of one that has a twin. What a swapped layer is made of is
+            part of it, and has an entry only where it is swapped as well.
     """
 
     model: Any
@@ -99,8 +102,21 @@ def swap(model: Any, *, only: Choice = None, skip: Choice = None, fp8: bool = Fa
     if not isinstance(model, nnx.Module):
         raise TypeError(f"swap: model is a {type(model).__name__}, but must be an nnx module (for Linen, use the classes of layers.linen)")
     report, chooser = SwapReport(model), _Chooser(_read("only", only), _read("skip", skip), checks.flag("swap", "fp8", fp8))
-    report.model = _replace(model, "", chooser, report.rows, {})
+    report.model = _Walk(chooser, report.rows).replace(model, "")
     return report
+
+
+def _swapped_apart(fn: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]] | None:
+    """The function and its arguments with the layers of nnx modules swapped, in modules of their own; None where there are none to swap."""
+    is_module = lambda x: isinstance(x, nnx.Module)
+    leaves, tree = jax.tree.flatten((fn, args), is_leaf=is_module)
+    reports = {i: swap(nnx.merge(*nnx.split(x))) for i, x in enumerate(leaves) if is_module(x)}
+    if not any(r.swapped for r in reports.values()):
+        return None
+    return tree.unflatten([reports[i].model if i in reports else x for i, x in enumerate(leaves)])
+
+
+WAYS["layers.swap(model)"] = _swapped_apart
 
 
 def _read(name: str, choice: Any) -> Any:
@@ -136,7 +152,27 @@ class _Chooser:
             return "not among `only`"
         if self.skip is not None and _matches(self.skip, path, layer):
             return "among `skip`"
-        return getattr(self.twin_of(layer), "swap_obstacle", lambda _: "")(layer)
+        twin = self.twin_of(layer)
+        obstacle = _OBSTACLES.get(type(layer)) if twin is TWINS.get(type(layer)) else None
+        return (obstacle or getattr(twin, "swap_obstacle", lambda _: ""))(layer)
+
+
+def _own_product(linear: Any) -> str:
+    """Why Flax's code would still serve a Linear."""
+    usual = {"dot_general": jax.lax.dot_general, "precision": None, "preferred_element_type": None}
+    own = [name for name, value in usual.items() if getattr(linear, name, value) is not value]
+    return f"its {own[0]} is its own, and Flax's code serves that" if own else ""
+
+
+def _own_attention(attention: Any) -> str:
+    """Why Flax's code, or the user's, would still serve an attention."""
+    if attention.attention_fn is not nnx.dot_product_attention:
+        return "its attention_fn is its own"
+    exact = attention.precision is not None and attention.dropout_rate > 0
+    return "Flax's code serves a precision together with dropout" if exact else ""
+
+
+_OBSTACLES: dict[type[nnx.Module], Callable[[Any], str]] = {nnx.Linear: _own_product, nnx.MultiHeadAttention: _own_attention}
 
 
 def _matches(choice: Any, path: str, layer: nnx.Module) -> bool:
@@ -150,42 +186,51 @@ def _base_of_subclass(layer: nnx.Module) -> type[nnx.Module] | None:
     return next((c for c in type(layer).__mro__ if c in TWINS), None)
 
 
-def _replace(value: Any, path: str, chooser: _Chooser, rows: list[Swapped], seen: dict[int, Any]) -> Any:
-    """`value` with the layers in it replaced; an object met twice is replaced by one object."""
-    if id(value) in seen:
-        return seen[id(value)]
-    if isinstance(value, (list, nnx.List)):
-        seen[id(value)] = value
-        for i, x in enumerate(value):
-            if (new := _replace(x, _join(path, i), chooser, rows, seen)) is not x:
-                value[i] = new
-    elif isinstance(value, dict):
-        seen[id(value)] = value
-        for key, x in value.items():
-            value[key] = _replace(x, _join(path, key), chooser, rows, seen)
-    elif isinstance(value, tuple):
-        new = [_replace(x, _join(path, i), chooser, rows, seen) for i, x in enumerate(value)]
-        changed = any(a is not b for a, b in zip(new, value, strict=True))
-        return (type(value)(*new) if hasattr(value, "_fields") else tuple(new)) if changed else value
-    elif isinstance(value, nnx.Module):
-        return _replace_module(value, path, chooser, rows, seen)
-    return value
+@dataclass
+class _Walk:
+    """One way through a model: the rows of its report, and what has been met, so that an object met twice is replaced by one object."""
 
+    chooser: _Chooser
+    rows: list[Swapped]
+    seen: dict[int, Any] = field(default_factory=dict)
 
-def _replace_module(module: nnx.Module, path: str, chooser: _Chooser, rows: list[Swapped], seen: dict[int, Any]) -> nnx.Module:
-    seen[id(module)] = module
-    reason = chooser.reason_to_leave(path, module)
-    if not reason:
-        twin = chooser.twin_of(module)
-        rows.append(Swapped(path, type(module).__name__, f"layers.{twin.__name__}"))
-        seen[id(module)] = make_twin(module, twin)
-    elif type(module).__module__.startswith("flax.") or _base_of_subclass(module):
-        rows.append(Swapped(path, type(module).__name__, left_because=reason))
-    new = seen[id(module)]
-    for name, x in list(vars(new).items()):
-        if not name.startswith("_pytree__") and (replaced := _replace(x, _join(path, name), chooser, rows, seen)) is not x:
-            setattr(new, name, replaced)
-    return new
+    def replace(self, value: Any, path: str, inside: bool = False) -> Any:
+        """`value` with the layers in it replaced; `inside` a layer that is replaced itself, nothing is listed as left."""
+        if id(value) in self.seen:
+            return self.seen[id(value)]
+        if isinstance(value, (list, nnx.List)):
+            self.seen[id(value)] = value
+            for i, x in enumerate(value):
+                if (new := self.replace(x, _join(path, i), inside)) is not x:
+                    value[i] = new
+        elif isinstance(value, dict):
+            self.seen[id(value)] = value
+            for key, x in value.items():
+                value[key] = self.replace(x, _join(path, key), inside)
+        elif isinstance(value, tuple):
+            new = [self.replace(x, _join(path, i), inside) for i, x in enumerate(value)]
+            changed = any(a is not b for a, b in zip(new, value, strict=True))
+            return (type(value)(*new) if hasattr(value, "_fields") else tuple(new)) if changed else value
+        elif isinstance(value, nnx.Module):
+            return self.replace_module(value, path, inside)
+        return value
+
+    def replace_module(self, module: nnx.Module, path: str, inside: bool) -> nnx.Module:
+        self.seen[id(module)] = module
+        reason = self.chooser.reason_to_leave(path, module)
+        if not reason:
+            twin = self.chooser.twin_of(module)
+            self.rows.append(Swapped(path, type(module).__name__, f"layers.{twin.__name__}"))
+            self.seen[id(module)] = make_twin(module, twin)
+        elif not inside and (type(module).__module__.startswith("flax.") or _base_of_subclass(module)):
+            self.rows.append(Swapped(path, type(module).__name__, left_because=reason))
+        new = self.seen[id(module)]
+        inside = inside or isinstance(new, tuple(TWINS.values()))
+        if not isinstance(new, RNN):  # which reads the parameters of its cell and never calls it
+            for name, x in list(vars(new).items()):
+                if not name.startswith("_pytree__") and (replaced := self.replace(x, _join(path, name), inside)) is not x:
+                    setattr(new, name, replaced)
+        return new
 
 
 def make_twin(module: nnx.Module, kind: type[nnx.Module] | None = None) -> nnx.Module:

@@ -104,10 +104,10 @@ def sequence_to_sequence(nn):
         @nn.compact
         def __call__(self, source, target):
             lengths = jnp.argmax(jnp.argmax(source, -1) == 1, -1)
-            carry, _ = nn.RNN(nn.LSTMCell(12), return_carry=True, name="encoder")(source, seq_lengths=lengths)
-            return nn.RNN(Cell(12), name="decoder")(target[:, :-1], initial_carry=carry)
+            carry, _ = nn.RNN(nn.LSTMCell(32), return_carry=True, name="encoder")(source, seq_lengths=lengths)
+            return nn.RNN(Cell(32), name="decoder")(target[:, :-1], initial_carry=carry)
 
-    symbols = jax.random.randint(jax.random.key(3), (2, 4, 9), 2, 7).at[0, :, 6].set(1)
+    symbols = jax.random.randint(jax.random.key(3), (2, 8, 16), 2, 7).at[0, :, 12].set(1)
     source, target = jax.nn.one_hot(symbols, 7)
     return Model(), (source, target), lambda logits: optax.softmax_cross_entropy(logits, target[:, 1:]).mean()
 
@@ -134,7 +134,7 @@ def vision_transformer(nn):
             self.patches = nn.Conv(16, (4, 4), strides=(4, 4), padding="VALID")
             self.cls = self.param("cls", nn.initializers.zeros, (1, 1, 16))
             blocks = nn.scan(
-                nn.remat(Block, prevent_cse=False),
+                nn.remat(Block, prevent_cse=False, static_argnums=(2,)),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,

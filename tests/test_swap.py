@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import layers
-from tests.support import assert_trees_close
+from tests.support import assert_trees_close, temp_bytes
 
 TOKENS = jnp.array([[1, 2, 3, 0], [4, 4, 1, 2]])
 
@@ -163,3 +163,116 @@ def test_recurrent_layer_with_a_cell_of_its_own_is_left_with_the_reason():
 
     report = layers.swap(nnx.RNN(Cell(4, 6, rngs=nnx.Rngs(0)), rngs=False))
     assert "its cell is a Cell" in next(r.left_because for r in report.left if r.layer == "RNN")
+
+
+def test_parts_of_a_swapped_layer_are_not_listed_as_left():
+    class Both(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = nnx.MultiHeadAttention(2, 8, decode=False, normalize_qk=True, rngs=rngs)
+            self.rnn = nnx.RNN(nnx.LSTMCell(8, 6, rngs=rngs), rngs=False)
+
+    model = Both(nnx.Rngs(0))
+    report = layers.swap(model)
+    assert {r.path for r in report.rows} == {"attention", "attention.query_ln", "attention.key_ln", "rnn"} and not report.left
+    assert type(model.attention.query_ln) is layers.LayerNorm
+    assert not any(isinstance(m, layers.Linear) for _, m in nnx.iter_modules(model.rnn))
+    assert not layers.swap(model).rows
+
+
+def by_hand(query, key, value, **options):
+    return nnx.dot_product_attention(query, key, value, **options)
+
+
+OWN = {
+    "dot_general": lambda rngs: nnx.Linear(3, 4, dot_general=lambda *a, **k: 2 * jax.lax.dot_general(*a, **k), rngs=rngs),
+    "precision": lambda rngs: nnx.Linear(3, 4, precision="highest", rngs=rngs),
+    "preferred_element_type": lambda rngs: nnx.Linear(3, 4, preferred_element_type=jnp.float32, rngs=rngs),
+    "attention_fn": lambda rngs: nnx.MultiHeadAttention(2, 8, attention_fn=by_hand, decode=False, rngs=rngs),
+}
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_layer_that_flax_s_code_would_still_serve_is_left_with_the_reason(own):
+    layer = OWN[own](nnx.Rngs(0))
+    report = layers.swap(layer)
+    assert report.model is layer
+    assert f"its {own} is its own" in report.left[0].left_because
+
+
+class Convolutional(nnx.Module):
+    """Convolutions, batch and group norms, dropout."""
+
+    def __init__(self, rngs):
+        self.convs = nnx.List([nnx.Conv(3, 16, (3, 3), rngs=rngs), nnx.Conv(16, 16, (3, 3), rngs=rngs)])
+        self.norms = nnx.List([nnx.BatchNorm(16, rngs=rngs), nnx.GroupNorm(16, 4, rngs=rngs)])
+        self.dropout, self.head = nnx.Dropout(0.1, rngs=rngs), nnx.Linear(16, 5, rngs=rngs)
+
+    def __call__(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nnx.relu(norm(conv(x)))
+        return self.head(self.dropout(x.mean((1, 2))))
+
+
+class CrossAttending(nnx.Module):
+    """A decoder of tokens that attends to features of an encoder, with learned positions, layer norms and biases."""
+
+    def __init__(self, rngs):
+        attention = lambda: nnx.MultiHeadAttention(2, 32, decode=False, rngs=rngs)
+        self.embed, self.positions = nnx.Embed(40, 32, rngs=rngs), nnx.Param(jnp.zeros((24, 32)))
+        self.own, self.cross = attention(), attention()
+        self.norms = nnx.List([nnx.LayerNorm(32, rngs=rngs) for _ in range(4)])
+        self.up, self.down = nnx.Linear(32, 64, rngs=rngs), nnx.Linear(64, 32, rngs=rngs)
+
+    def __call__(self, tokens, heard):
+        x = self.embed(tokens) + self.positions[...]
+        x = x + self.own(self.norms[0](x), is_causal=True)
+        x = x + self.cross(self.norms[1](x), heard)
+        x = x + self.down(nnx.gelu(self.up(self.norms[2](x))))
+        return self.embed.attend(self.norms[3](x))
+
+
+class Looped(nnx.Module):
+    """Blocks of 16-bit Linears and an RMS norm, in a loop over stacked parameters."""
+
+    def __init__(self, rngs):
+        def block(rngs):
+            options = {"dtype": jnp.bfloat16, "rngs": rngs}
+            return nnx.Sequential(nnx.RMSNorm(32, **options), nnx.Linear(32, 64, **options), nnx.silu, nnx.Linear(64, 32, **options))
+
+        self.blocks = nnx.vmap(block)(rngs.split(4))
+
+    def __call__(self, x):
+        graph, state = nnx.split(self.blocks)
+        return jax.lax.scan(lambda x, s: (x + nnx.merge(graph, s)(x), None), x, state)[0]
+
+
+class Recurrent(nnx.Module):
+    def __init__(self, rngs):
+        self.rnn, self.head = nnx.RNN(nnx.OptimizedLSTMCell(16, 32, rngs=rngs), rngs=False), nnx.Linear(32, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.rnn(x, initial_carry=(jnp.zeros((8, 32)), jnp.zeros((8, 32)))))
+
+
+MODELS = {
+    Convolutional: lambda: (jnp.ones((8, 16, 16, 3)),),
+    CrossAttending: lambda: (jnp.ones((4, 24), int), jnp.ones((4, 24, 32))),
+    Looped: lambda: (jnp.ones((64, 32), jnp.bfloat16),),
+    Recurrent: lambda: (jnp.ones((8, 32, 16)),),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda k: k.__name__)
+def test_swapped_model_takes_no_more_memory_than_the_plain_one(kind):
+    def temporary(model):
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def step(params, rest, *batch):
+            model = nnx.merge(graph, params, rest)
+            return jnp.square(model(*batch).astype(jnp.float32)).mean(), nnx.state(model, nnx.Not(nnx.Param))
+
+        return temp_bytes(jax.value_and_grad(step, has_aux=True), params, rest, *MODELS[kind]())
+
+    plain, report = temporary(kind(nnx.Rngs(0))), layers.swap(kind(nnx.Rngs(0)))
+    assert report.swapped
+    assert temporary(report.model) <= plain

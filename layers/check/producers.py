@@ -24,6 +24,7 @@ class Producer:
         scope: named scopes around it, outermost first.
         name: the name that `checkpoint_name` gave it, or "".
         repeats: the length of each loop that stacked it.
+        calls: the equations whose bodies it was followed into, outermost first.
     """
 
     variable: Any
@@ -32,6 +33,7 @@ class Producer:
     scope: list[str] = field(default_factory=list)
     name: str = ""
     repeats: list[int] = field(default_factory=list)
+    calls: list[Any] = field(default_factory=list)
 
 
 def find_producer(jaxpr: Any, variable: Any) -> Producer:
@@ -70,7 +72,9 @@ def _follow(p: Producer) -> Producer:
             p.variable = outer
             continue
         repeats = [eqn.params["length"]] if stacked else []
-        return Producer(inner.variable, inner.jaxpr, inner.eqn, p.scope + inner.scope, inner.name, p.repeats + repeats + inner.repeats)
+        return Producer(
+            inner.variable, inner.jaxpr, inner.eqn, p.scope + inner.scope, inner.name, p.repeats + repeats + inner.repeats, [eqn, *inner.calls]
+        )
 
 
 _cache: dict[int, tuple[Any, dict[int, Any]]] = {}

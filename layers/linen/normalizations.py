@@ -59,11 +59,11 @@ class BatchNorm(linen.BatchNorm):
             return super().__call__(x, None if use_running_average is None else stored, mask=mask)
         shape = [jnp.shape(x)[a] for a in _axes(self.axis)]
         running = {name: self.variable("batch_stats", name, make, shape, jnp.float32) for name, make in (("mean", jnp.zeros), ("var", jnp.ones))}
-        values = {name: jnp.asarray(variable.value) for name, variable in running.items()}
+        values = {name: jnp.asarray(variable.value).reshape(-1) for name, variable in running.items()}
         layer = twin(_BatchNorm, self, use_running_average=False, **values, **_parameters(self, x, self.axis))
         y = layer(x, mask=mask)
         for name, variable in running.items():
-            variable.value = getattr(layer, name)[...]
+            variable.value = getattr(layer, name)[...].reshape(shape)
         return y
 
 

@@ -37,7 +37,7 @@ class Task:
     model: Callable[[nnx.Rngs], Any]
     draw: Callable[[jax.Array, int], Any]
     loss: Callable[[Any, Any], jax.Array]
-    validate: Callable[[Any], dict[str, float]]
+    validate: Callable[[Any], dict[str, jax.Array]]
     unit: str
     per_example: int
     steps: int
@@ -80,9 +80,9 @@ def digits(modules: ModuleType) -> Task:
             return layers.softmax_cross_entropy(model(batch[0]), batch[1])
         return optax.softmax_cross_entropy_with_integer_labels(model(batch[0]), batch[1]).mean()
 
-    def validate(model: Any) -> dict[str, float]:
+    def validate(model: Any) -> dict[str, jax.Array]:
         right = model(test[0]).argmax(-1) == test[1]
-        return {"accuracy": float(right.mean()), "loss": float(loss(model, test))}
+        return {"accuracy": right.mean(), "loss": loss(model, test)}
 
     return Task(lambda rngs: Classifier(modules, rngs), draw, loss, validate, "images", 1, 600, 128, _digest(images, labels))
 
@@ -100,10 +100,10 @@ def text(modules: ModuleType, *, length: int = 128, files: int = 200) -> Task:
 
     loss = LOSSES["ours" if modules is layers else "flax"]
 
-    def validate(model: Any) -> dict[str, float]:
+    def validate(model: Any) -> dict[str, jax.Array]:
         count = min(16, len(test) // (length + 1))
-        value = float(loss(model, test[: count * (length + 1)].reshape(count, length + 1)))
-        return {"loss": value, "bits_per_byte": value / float(np.log(2))}
+        value = loss(model, test[: count * (length + 1)].reshape(count, length + 1))
+        return {"loss": value, "bits_per_byte": value / np.log(2)}
 
     return Task(lambda rngs: Decoder(modules, rngs, vocab=256, length=length), draw, loss, validate, "bytes", length, 300, 16, _digest(stream))
 

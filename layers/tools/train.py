@@ -60,8 +60,7 @@ class _Run:
         self.settings, self.task, self.folder, self.signals = settings, task, folder, signals
         self.how = settings.how_made(versions(), task.data)
         self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(settings.learning_rate))
-        self.graph, params, rest = nnx.split(task.model(nnx.Rngs(settings.seed)), nnx.Param, ...)
-        self.state: Any = {"params": params, "rest": rest, "optimizer": self.optimizer.init(params)}
+        self.state: Any = jax.jit(self._start)()
         self.losses: list[float] = []
         self.saved: int | None = None
         if folder.newest is not None:
@@ -91,7 +90,8 @@ class _Run:
                     self.save()
             self.save()
         self.stop_if_asked(f"stopped after step {self.done}; --resume goes on")
-        metrics = task.validate(nnx.merge(self.graph, self.state["params"], self.state["rest"]))
+        measured = jax.jit(lambda params, rest: task.validate(nnx.merge(self.graph, params, rest)))(self.state["params"], self.state["rest"])
+        metrics = {name: float(value) for name, value in measured.items()}
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise RunError(f"the held-out {name} is {value}, though no step was; checkpoint {self.done} is kept in {self.folder.path}")
@@ -108,6 +108,10 @@ class _Run:
         """Raises where a signal has come."""
         if (number := self.signals.received) is not None:
             raise Interrupted(number, f"train: {signal.Signals(number).name}: {message}")
+
+    def _start(self) -> dict[str, Any]:
+        self.graph, params, rest = nnx.split(self.task.model(nnx.Rngs(self.settings.seed)), nnx.Param, ...)
+        return {"params": params, "rest": rest, "optimizer": self.optimizer.init(params)}
 
     def _advance(self, step: Any) -> None:
         try:

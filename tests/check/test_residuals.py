@@ -158,3 +158,44 @@ def test_wrt_out_of_range_is_an_error(wrt):
 
 def test_negative_wrt_counts_from_the_end():
     assert residuals(looped, X, W, wrt=-1).rows == residuals(looped, X, W, wrt=1).rows
+
+
+def activated(x, w, labels):
+    x = jax.nn.silu(x @ w)
+    x = jnp.where(x > 0.1, x, 0.5 * x)
+    return jnp.sum(jax.nn.one_hot(labels, 8) * jax.nn.log_softmax(x))
+
+
+def test_what_jitted_functions_of_jax_make_has_the_line_that_calls_them():
+    jax.jit(jax.nn.silu)(X)  # traced before, at another line
+    first = activated.__code__.co_firstlineno
+    rows = [r for r in residuals(activated, X, W, jnp.arange(4), wrt=0).rows if r.kind == "extra"]
+    assert rows and all(r.source.startswith("test_residuals.py:") and r.source.endswith("(activated)") for r in rows)
+    found = {r.operation.partition(" in ")[2]: int(r.source.split(":")[1].split()[0]) - first for r in rows if " in " in r.operation}
+    assert {"silu": 1, "one_hot": 3}.items() <= found.items()
+    assert found.items() <= {"silu": 1, "where": 2, "one_hot": 3, "log_softmax": 3}.items()
+
+
+def test_table_has_the_sum_of_each_layer_above_its_arrays():
+    report = residuals(Model(nnx.Rngs(0)), X)
+    cells = report._cells()
+    sums = [c for c in cells if c[2].endswith(" arrays")]
+    assert [c[3] for c in sums] == [layer for layer in report.by_layer() if len(report.of_layer(layer)) > 1]
+    assert len(cells) == len(sums) + len(report.rows)
+
+
+def test_summary_says_what_each_way_would_keep(monkeypatch):
+    monkeypatch.setattr(
+        "layers.check.audit.WAYS", {"jax.checkpoint(fn)": lambda fn, args: (jax.checkpoint(fn), args), "nothing(fn)": lambda *_: None}
+    )
+    report = residuals(looped, X, W)
+    assert list(report.with_ways) == ["jax.checkpoint(fn)"]
+    assert "jax.checkpoint(fn) would keep 0 B extra" in " ".join(str(report).split())
+
+
+def test_swap_is_a_way_where_a_model_has_layers_to_swap():
+    model = Model(nnx.Rngs(0))
+    audit = residuals(lambda m, x: m(x), model, X)
+    assert audit.with_ways["layers.swap(model)"].extra < audit.extra
+    assert type(model.blocks[0].norm) is nnx.LayerNorm
+    assert "layers.swap(model)" not in residuals(looped, X, W).with_ways

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_signal_ends_the_step_and_writes_a_checkpoint(number, whole, tmp_path):
         [sys.executable, "-m", "layers", "train", *SMALL, "--steps", "60", "--out", str(folder)], stderr=subprocess.PIPE, text=True
     )
     while not (folder / "run.json").exists() and victim.poll() is None:
-        pass
+        time.sleep(0.01)
     victim.send_signal(number)
     said = victim.communicate()[1]
     assert victim.returncode == 128 + number, said
