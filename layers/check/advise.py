@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layers.check.audit import Residuals
+from layers.check.audit import NO_LAYER, Residuals
 from layers.check.residuals import residuals
 from layers.check.tables import html_table, size, text_table
 
@@ -43,7 +44,7 @@ class Advice:
         self.audit = audit
         totals = {line: other.extra for line, other in audit.with_ways.items() if other.extra < audit.extra}
         self.best = min(totals, key=totals.__getitem__, default="")
-        self.steps = sorted((_step(audit, layer, kept) for layer, kept in audit.by_layer().items()), key=lambda s: s.could_keep - s.kept)
+        self.steps = _steps(audit)
 
     def __str__(self) -> str:
         return text_table(f"advice for {self.audit.title}", self._summary(), _HEAD, self._cells())
@@ -81,10 +82,24 @@ def advise(fn: Callable[..., Any], *args: Any, wrt: int | Sequence[int] | None =
     return Advice(residuals(fn, *args, wrt=wrt))
 
 
-def _step(audit: Residuals, layer: str, kept: int) -> Step:
-    source = next((r.source for r in audit.of_layer(layer)), "")
-    could = {line: other.by_layer().get(layer, 0) for line, other in audit.with_ways.items()}
-    way = min(could, key=could.__getitem__, default="")
-    if not way or could[way] >= kept:
-        return Step(layer, kept, kept, "", source)
-    return Step(layer, kept, could[way], way, source)
+def _steps(audit: Residuals) -> list[Step]:
+    """One for each layer of the audit."""
+    kept = audit.by_layer()
+    could = {line: _among(kept, other.by_layer()) for line, other in audit.with_ways.items()}
+    steps = []
+    for layer, now in kept.items():
+        source = next((r.source for r in audit.of_layer(layer)), "")
+        way = min(could, key=lambda line, layer=layer: could[line][layer], default="")
+        less = way != "" and could[way][layer] < now
+        steps.append(Step(layer, now, could[way][layer] if less else now, way if less else "", source))
+    return sorted(steps, key=lambda s: s.could_keep - s.kept)
+
+
+def _among(layers: Iterable[str], found: dict[str, int]) -> Counter[str]:
+    """The bytes of another audit by the layers of this one: a path that is not among them counts for the nearest one above it."""
+    count: Counter[str] = Counter(dict.fromkeys(layers, 0))
+    for path, nbytes in found.items():
+        while path and path not in count:
+            path = path.rpartition("/")[0]
+        count[path or NO_LAYER] += nbytes
+    return count

@@ -11,10 +11,10 @@ X = jnp.linspace(-1.0, 1.0, 32).reshape(4, 8)
 
 class Model(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.norm, self.up = nnx.LayerNorm(8, rngs=rngs), nnx.Linear(8, 16, rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
 
     def __call__(self, x):
-        return jnp.sin(self.up(self.norm(x)))
+        return jnp.sin(self.norm(x))
 
 
 def test_plan_has_each_layer_with_what_it_keeps_and_could_keep():
