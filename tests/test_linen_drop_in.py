@@ -68,7 +68,7 @@ def test_model_of_people_s_make_has_the_same_variables_values_and_losses_and_tak
     assert_trees_close(ours, theirs, rtol=1e-6)
     np.testing.assert_allclose(our_losses, their_losses, rtol=2e-4)
     assert_trees_close(our_end.get("batch_stats", {}), their_end.get("batch_stats", {}), rtol=1e-2, atol=1e-3)
-    joined = jax.tree.leaves(ours["params"].get("encoder", {}))  # kernels of the gates of a cell, joined, with their gradients and biases
+    joined = jax.tree.leaves(ours["params"].get("LSTMCell_0", {}))  # kernels of the gates of a cell, joined, with their gradients and biases
     assert our_memory <= their_memory + 3 * sum(k.nbytes for k in joined)
 
 

@@ -248,17 +248,17 @@ class Looped(nnx.Module):
 
 class Recurrent(nnx.Module):
     def __init__(self, rngs):
-        self.rnn, self.head = nnx.RNN(nnx.OptimizedLSTMCell(16, 32, rngs=rngs), rngs=False), nnx.Linear(32, 5, rngs=rngs)
+        self.rnn, self.head = nnx.RNN(nnx.OptimizedLSTMCell(64, 128, rngs=rngs), rngs=False), nnx.Linear(128, 5, rngs=rngs)
 
     def __call__(self, x):
-        return self.head(self.rnn(x, initial_carry=(jnp.zeros((8, 32)), jnp.zeros((8, 32)))))
+        return self.head(self.rnn(x, initial_carry=(jnp.zeros((32, 128)), jnp.zeros((32, 128)))))
 
 
 MODELS = {
     Convolutional: lambda: (jnp.ones((8, 16, 16, 3)),),
     CrossAttending: lambda: (jnp.ones((4, 24), int), jnp.ones((4, 24, 32))),
     Looped: lambda: (jnp.ones((64, 32), jnp.bfloat16),),
-    Recurrent: lambda: (jnp.ones((8, 128, 16)),),
+    Recurrent: lambda: (jnp.ones((32, 128, 64)),),
 }
 
 
