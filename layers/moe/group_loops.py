@@ -40,7 +40,7 @@ def map_groups(x: jax.Array, kernels: jax.Array, sizes: jax.Array, block: int, *
             old = lax.dynamic_slice_in_dim(y, at, block, 0)
             return lax.dynamic_update_slice_in_dim(y, jnp.where(inside, new, old), at, 0)
 
-        return _over_blocks(one_block, y, start, end, x.shape[0], block)
+        return _over_blocks(one_block, y, start, end, x.shape[0], block, (x, kernel))
 
     return _over_groups(one_group, jnp.zeros((x.shape[0], features), dtype), sizes, x.shape[0], (x, kernels))
 
@@ -53,7 +53,7 @@ def sum_groups(x: jax.Array, y: jax.Array, sizes: jax.Array, block: int, dtype: 
             a, b = (jnp.where(inside, slice_here(v, at, block, 0), 0) for v in (x, y))
             return total + lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=total.dtype)
 
-        total = _over_blocks(one_block, jnp.zeros((x.shape[1], y.shape[1]), wide(dtype)), start, end, x.shape[0], block)
+        total = _over_blocks(one_block, jnp.zeros((x.shape[1], y.shape[1]), wide(dtype)), start, end, x.shape[0], block, (x, y))
         return lax.dynamic_update_index_in_dim(sums, total.astype(dtype), g, 0)
 
     return _over_groups(one_group, jnp.zeros((sizes.shape[0], x.shape[1], y.shape[1]), dtype), sizes, x.shape[0], (x, y))
@@ -71,8 +71,9 @@ def _over_groups(fn: Callable[..., jax.Array], carry: jax.Array, sizes: jax.Arra
     return lax.scan(body, carry, groups)[0]
 
 
-def _over_blocks(fn: Callable[..., jax.Array], carry: jax.Array, start: Any, end: Any, rows: int, block: int) -> jax.Array:
-    """`fn(carry, at, inside)` for the blocks of [start, end): `inside` says which rows of [at, at + block) are new and of the group."""
+def _over_blocks(fn: Callable[..., jax.Array], carry: jax.Array, start: Any, end: Any, rows: int, block: int, beside: Any) -> jax.Array:
+    """`fn(carry, at, inside)` for the blocks of [start, end): `inside` says which rows of [at, at + block) are new and of the group; `beside` are the
+    arrays that it uses."""
 
     def body(state: Any) -> Any:
         carry, first = state
@@ -80,5 +81,5 @@ def _over_blocks(fn: Callable[..., jax.Array], carry: jax.Array, start: Any, end
         places = at + jnp.arange(block, dtype=at.dtype)
         return fn(carry, at, ((places >= first) & (places < end))[:, None]), first + block
 
-    state = compat.vary_like((carry, start), body, end)
+    state = compat.vary_like((carry, start), body, end, beside)
     return lax.while_loop(lambda s: s[1] < end, body, state)[0]

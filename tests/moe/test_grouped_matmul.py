@@ -109,6 +109,16 @@ def test_devices_multiply_their_own_rows():
     assert_trees_close(jax.value_and_grad(loss)(kernels), jax.value_and_grad(one)(kernels), rtol=1e-5)
 
 
+def test_devices_may_share_the_sizes():
+    mesh = jax.sharding.Mesh(jax.devices(), ("rows",))
+    x, kernels, _ = draw(jnp.float32)
+    sizes = jnp.array(SIZES["uneven"])
+    run = jax.jit(jax.shard_map(grouped_matmul, mesh=mesh, in_specs=(P("rows"), P(), P()), out_specs=P("rows")))
+    loss = lambda k: (run(jnp.tile(x, (8, 1)), k, sizes) ** 2).sum()
+    one = lambda k: 8 * (grouped_matmul(x, k, sizes) ** 2).sum()
+    assert_trees_close(jax.value_and_grad(loss)(kernels), jax.value_and_grad(one)(kernels), rtol=1e-5)
+
+
 # Memory
 
 
