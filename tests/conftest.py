@@ -4,8 +4,11 @@
 XLA plans on a CPU do not hold.
 """
 
+import ctypes
 import gc
 import os
+import pathlib
+import resource
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -26,12 +29,23 @@ and with either of its emitters.
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _caches_of_a_file_only():
-    """JAX keeps every compiled program: gigabytes over the whole suite."""
-    yield
-    jax.clear_caches()
-    gc.collect()
+MEMORY = 3 * 2**29
+"""Bytes a worker may hold after a test before it drops what JAX keeps: every program that was compiled, a megabyte and a half each."""
+
+
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is None or nextitem.path != item.path or _resident() > MEMORY:
+        jax.clear_caches()
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what is freed
+        if trim:
+            trim(0)
+
+
+def _resident():
+    """Bytes in memory of this process, 0 where the system does not say."""
+    statm = pathlib.Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
 @pytest.fixture(autouse=True, scope="module")
