@@ -29,6 +29,7 @@ __all__ = [
     "define_linear_primitive",
     "depends_on",
     "evaluate",
+    "is_explicit",
     "is_key",
     "linearized",
     "match_placement",
@@ -77,6 +78,12 @@ def match_placement(x: jax.Array, aval: Any) -> jax.Array:
     if sharding is None or sharding.mesh.empty or not sharding.mesh._any_axis_explicit:
         return x
     return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
+
+
+def is_explicit(aval: Any) -> bool:
+    """Whether a type says that it is sharded over explicit axes of a mesh."""
+    sharding = getattr(aval, "sharding", None)
+    return sharding is not None and not sharding.mesh.empty and sharding.mesh._any_axis_explicit and any(p is not None for p in sharding.spec)
 
 
 def zeros(aval: Any) -> jax.Array:

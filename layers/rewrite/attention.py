@@ -163,6 +163,7 @@ def _split_masks(masks: list[Mask], roles: Roles) -> tuple[Band, list[Mask]]:
         need(set(flat(m.axes)) <= allowed, "the mask has an axis that the scores do not have")
         found = static_band(m, roles.batch, roles.heads + roles.groups, roles.queries, roles.keys)
         if found is None:
+            need(m.low is not None, "large negative numbers are added to the scores in a pattern that is no band")
             given.append(m)
         else:
             band = band.within(found)

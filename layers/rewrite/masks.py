@@ -19,14 +19,14 @@ class Mask(NamedTuple):
     Attributes:
         value: booleans, or None where `array` holds them.
         axes: those of the value.
-        low: the number that hidden scores become.
+        low: the number that hidden scores become; None where it is added to them.
         inverted: whether False is what is left.
         array: the mask, where it is known.
     """
 
     value: Value | None
     axes: list[Axis]
-    low: float
+    low: float | None
     inverted: bool = False
     array: np.ndarray | None = None
 

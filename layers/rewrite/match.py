@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from layers.core import compat
 from layers.rewrite.graph import Graph, Node, Value
 
 T = TypeVar("T")
@@ -91,6 +92,8 @@ def obstacle(graph: Graph, m: Match, taken: set[Node]) -> str | None:
     """Why a match cannot be taken; "" where it can, None where another one has its place."""
     if m.nodes & taken:
         return None
+    if any(compat.is_explicit(v.aval) for v in (*m.inputs, *m.outputs)):
+        return "it is sharded over explicit axes of a mesh"
     if any(n.eqn.effects for n in m.nodes):
         return "it holds an operation with side effects"
     if (outside := escaping(m.nodes, m.outputs)) is not None:

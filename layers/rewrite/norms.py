@@ -218,7 +218,8 @@ def _product_above(s: Statistic) -> tuple[Value, Factors, set[Node]]:
 
 
 def _factors(v: Value, axes: list[Axis], s: Statistic, nodes: set[Node], power: int) -> Factors | None:
-    if v is s.difference:
+    narrow = s.x.node.inputs[0] if _is_widened(s.x) and s.x.node is not None and not s.centred else None
+    if v is s.difference or v is narrow or _is_difference(v, s, nodes):
         return Factors(d=power) if equal(axes, s.follow.own) else None
     if v is s.root:
         own = s.follow.axes(v)
@@ -245,6 +246,16 @@ def _factors(v: Value, axes: list[Axis], s: Statistic, nodes: set[Node], power: 
     base, own = compact(v, axes, set())
     inside = set(flat(own)) <= set(s.features) and not _depends(v, s)
     return Factors(vectors=((base, own, power),)) if inside else None
+
+
+def _is_difference(v: Value, s: Statistic, nodes: set[Node]) -> bool:
+    """Whether `v` is x - mean x, computed once more."""
+    n, inner = v.node, set()
+    again = s.centred and n is not None and n.name == "sub" and n.inputs[0] is s.x and _mean(n.inputs[1], inner) == (s.x, s.over)
+    if not again or n is None or not _lies_beside(s.x, n, s.over):
+        return False
+    nodes |= inner | {n}
+    return True
 
 
 def _same_rows(s: Statistic, own: list[Axis], axes: list[Axis]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from layers.check.producers import clean_scope
 from layers.core import compat
-from layers.rewrite.graph import Node
+from layers.rewrite.graph import Graph, Node
 from layers.rewrite.match import Match
 from layers.rewrite.patterns import Miss
 from layers.rewrite.profit import freed
@@ -52,8 +52,8 @@ class Row:
 class RewriteReport:
     """What was replaced in a function and what was left; prints as a table."""
 
-    def __init__(self, title: str, rows: list[Row]):
-        self.title, self.rows = title, rows
+    def __init__(self, title: str, rows: list[Row], note: str = ""):
+        self.title, self.rows, self.note = title, rows, note
 
     @property
     def replaced(self) -> list[Row]:
@@ -78,9 +78,16 @@ class RewriteReport:
         lines = [f"{self.title}: replaced {len(self.replaced)} parts, {size(self.before)} kept inside of them become {size(self.after)}"]
         lines += [f"  {r.name} ({r.detail}) at {_where(r)}: {size(r.before)} -> {size(r.after)}" for r in self.replaced]
         lines += [f"  left, nearly {r.name}, at {_where(r)}: {r.reason}" for r in self.left]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.note] if self.note else lines)
 
     __repr__ = __str__
+
+
+def note_of(graph: Graph) -> str:
+    """What is to be said of a function as a whole."""
+    if any("transpose(" in str(n.stack) for n in graph.nodes):
+        return "  a backward pass is in it already, of whose forward pass little is found: jax.grad(layers.rewrite(loss)), not the other way round"
+    return ""
 
 
 def size(n: int) -> str:

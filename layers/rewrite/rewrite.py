@@ -22,7 +22,7 @@ from layers.rewrite.modules import changes, put_back, take_out, variables_of, wr
 from layers.rewrite.nested import enter
 from layers.rewrite.patterns import PATTERNS, find_all
 from layers.rewrite.reading import read
-from layers.rewrite.report import RewriteReport, Row
+from layers.rewrite.report import RewriteReport, Row, note_of
 
 
 def rewrite(fn: Callable[..., Any] | None = None, *, only: str | Iterable[str] | None = None, skip: str | Iterable[str] | None = None) -> Any:
@@ -92,8 +92,8 @@ class Rewritten:
         given, modules = take_out((args, kwargs))
         graph, state = nnx.split(tuple(modules))
         rows: list[Row] = []
-        self._rewritten(*_divide((given, state), graph), rows)
-        return RewriteReport(getattr(self._fn, "__name__", "function"), rows)
+        program, _ = self._rewritten(*_divide((given, state), graph), rows)
+        return RewriteReport(getattr(self._fn, "__name__", "function"), rows, note_of(program.graph))
 
     def _run(self, signature: Signature, *arrays: Any) -> Any:
         program, tree = self._rewritten(signature, arrays, [])

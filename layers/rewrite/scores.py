@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from layers.rewrite.axes import Axis, equal, spread_axes, through
+from layers.rewrite.axes import Axis, flat, spread_axes, through
 from layers.rewrite.constants import array_of, is_static, number_of
 from layers.rewrite.graph import Node, Value, widens
 from layers.rewrite.masks import Mask
@@ -22,8 +22,8 @@ from layers.rewrite.primitives import LAYOUT
 from layers.rewrite.walk import compact
 
 DEPTH = 32
-LOW = -1e4
-"""From where on a number that is added to scores hides them: exp of it is 0 in float32, whatever usual scores are."""
+LOW = -1e8
+"""From where on a number hides scores: exp of it is 0 whatever the others are. In float16, which ends before, from 0.4 of its least number on."""
 
 
 class Step(NamedTuple):
@@ -139,18 +139,20 @@ class Scores:
 
     def _additive_mask(self, term: np.ndarray, axes: list[Axis]) -> bool:
         """Takes an array of 0 and of large negative numbers as the mask that it is."""
+        least = float(jnp.finfo(term.dtype).min) if jnp.issubdtype(term.dtype, jnp.floating) else LOW
         term = term.astype(np.float64)
-        hidden = term <= LOW
+        hidden = (term <= LOW) | (term <= 0.4 * least)
         if not (hidden | (term == 0)).all():
             return False
         if self.multiplied is not None:
             left, left_axes = self.multiplied
-            if not equal(left_axes, axes) or not ((left == 1) == ~hidden).all():
+            if flat(left_axes) != flat(axes) or not ((left.ravel() == 1) == ~hidden.ravel()).all():
                 return False
             self.multiplied = None
-        elif hidden.all(-1).any():
-            return False  # of a row that is hidden everywhere the scores count still
-        self.masks.append(Mask(None, axes, float(term.min()) if hidden.any() else -np.inf, array=~hidden))
+            low = float(term.min())
+        else:
+            low = None  # of a row that is hidden everywhere the scores count still
+        self.masks.append(Mask(None, axes, low, array=~hidden))
         return True
 
     def _select(self, n: Node, i: int) -> None:
@@ -158,7 +160,7 @@ class Scores:
         low = number_of(n.inputs[3 - i])
         lowest = float(jnp.finfo(n.out.dtype).min)
         need(low is not None, "hidden scores become something that is not one number")
-        need(low <= LOW * 1e4 or low <= 0.4 * lowest, f"hidden scores become {low:g}, which does not hide them")
+        need(low <= LOW or low <= 0.4 * lowest, f"hidden scores become {low:g}, which does not hide them")
         axes = self.axes if n.inputs[0].ndim else []
         self.masks.append(Mask(n.inputs[0], axes, float(low), inverted=i == 1))
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.rewrite.support import assert_same, assert_same_value, replaced
+import layers
+from tests.rewrite.support import assert_same, assert_same_value, reasons, replaced
 
 CASES = {}
 keys = iter(jax.random.split(jax.random.key(0), 200))
@@ -274,8 +275,72 @@ def learned_scale_after_mask(q, k, v):
     return output(softmax(jnp.where(tril(16), scores(q, k), -1e30) * jnp.exp(q[0, 0, 0, 0])), v)
 
 
+@case("dot_product_attention", q, k2, v2, rnd(4))
+def sinks_as_a_column(q, k, v, sinks):
+    k, v = (jnp.repeat(a, 2, 2) for a in (k, v))
+    s = jnp.where(tril(16), scores(q, k) * 0.3, -jnp.inf)
+    column = jnp.broadcast_to(sinks[None, :, None, None], (*s.shape[:-1], 1))
+    return output(softmax(jnp.concatenate([s, column], -1))[..., :-1], v)
+
+
+@case("dot_product_attention", q, k, v)
+def mask_by_multiplication(q, k, v):
+    m = tril(16).astype(q.dtype)
+    return output(softmax(scores(q, k) * m - 1e10 * (1 - m)), v)
+
+
+@case("", q, k, v)
+def mask_by_multiplication_that_hides_elsewhere(q, k, v):
+    m = tril(16).astype(q.dtype)
+    return output(softmax(scores(q, k) * m - 1e10 * (1 - m.T)), v)
+
+
+@case("dot_product_attention", q, k, v)
+def mask_by_addition(q, k, v):
+    return output(softmax(scores(q, k) + jnp.where(tril(16), 0, -1e9)), v)
+
+
+@case("", q, k, v)
+def mask_by_addition_that_hides_whole_rows(q, k, v):
+    return output(softmax(scores(q, k) + jnp.where(jnp.arange(16)[:, None] > 3, 0, -1e9)), v)
+
+
+@case("dot_product_attention", q, k, v)
+def mask_that_only_looks_causal(q, k, v):
+    return output(softmax(jnp.where(tril(16).at[3, 1].set(False), scores(q, k), -jnp.inf)), v)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_part_is_replaced_where_it_fits_and_nothing_changes(name, everything_pays):
     fn, expected, args = CASES[name]
     assert replaced(fn, *args) == expected.split()
     assert_same(fn, args) if expected else assert_same_value(fn, args)
+
+
+def test_masks_are_read_off():
+    def detail(name):
+        fn, _, args = CASES[name]
+        (row,) = layers.rewrite(fn).report(*args).replaced
+        return row.detail
+
+    assert detail("causal_inf") == detail("manual_softmax") == "scale 0.3, causal"
+    assert detail("mask_by_addition") == detail("mask_by_multiplication") == "scale 1, causal"
+    assert detail("window") == "scale 1, causal, window (4, 0)"
+    assert detail("sinks_as_a_column") == "scale 0.3, causal, sinks"
+    assert detail("mask_that_only_looks_causal") == "scale 1, mask"
+    assert detail("packed") == "scale 1, causal, mask"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("weights_returned", "the weights are read elsewhere too"),
+        ("small_mask_number", "hidden scores become -5, which does not hide them"),
+        ("wrong_softmax_axis", "the softmax is not over"),
+        ("dropout", "the weights are dropped at random"),
+        ("high_precision", "the product of queries and keys has a precision"),
+    ],
+)
+def test_reason_says_why_a_part_was_left(name, reason):
+    fn, _, args = CASES[name]
+    assert any(r.startswith(reason) for r in reasons(fn, *args))

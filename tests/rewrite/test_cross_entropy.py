@@ -61,7 +61,7 @@ def label_twice(x, W):
 
 
 @case("linear_cross_entropy", x, W)
-def optax(x, W):
+def by_optax(x, W):
     return by_label(x @ W, labels).mean()
 
 
@@ -129,6 +129,59 @@ def z_loss(x, W):
 def other_logits(x, W):
     z = x @ W
     return (jax.nn.logsumexp(z, -1) - jnp.take_along_axis(2 * z, labels[..., None], -1)[..., 0]).mean()
+
+
+def smooth(labels):
+    return optax.smooth_labels(jax.nn.one_hot(labels, 50), 0.1)
+
+
+@case("linear_cross_entropy", x, W)
+def smoothing(x, W):
+    return optax.softmax_cross_entropy(x @ W, smooth(labels)).mean()
+
+
+@case("linear_cross_entropy", x, W)
+def smoothing_of_labels_that_are_no_class(x, W):
+    return optax.softmax_cross_entropy(x @ W, smooth(labels - 20)).sum()
+
+
+@case("linear_cross_entropy", x, W, jax.nn.softmax(rnd(3, 7, 50)))
+def distributions(x, W, targets):
+    return optax.softmax_cross_entropy(x @ W, targets).mean()
+
+
+@case("linear_cross_entropy", x, W)
+def one_hot_against_logits(x, W):
+    z = x @ W
+    return (jax.nn.logsumexp(z, -1) - (jax.nn.one_hot(labels - 5, 50) * z).sum(-1)).mean()
+
+
+@case("linear_cross_entropy", x, W)
+def under_an_outer_vmap(x, W):
+    return jax.vmap(lambda x, y: by_label(x @ W, y).mean())(x, labels)
+
+
+@case("linear_cross_entropy", x, W)
+def selected_by_one_hot(x, W):
+    hot = jnp.arange(50) == labels[..., None]
+    return -jnp.where(hot, jax.nn.log_softmax(x @ W), 0).sum(-1).mean()
+
+
+@case("softmax_cross_entropy", rnd(3, 7, 50))
+def logits_given(z):
+    return by_label(z, labels).mean()
+
+
+@case("", x, W)
+def two_kinds_of_labels(x, W):
+    z = x @ W
+    return (by_label(z, labels) - jnp.take_along_axis(jax.nn.log_softmax(z), labels[..., None] // 2, -1)[..., 0]).mean()
+
+
+@case("", x, W)
+def entropy(x, W):
+    log_p = jax.nn.log_softmax(x @ W)
+    return -(jnp.exp(log_p) * log_p).sum(-1).mean()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -47,6 +47,60 @@ def leaky_gate(x, g, u, d):
     return (jax.nn.leaky_relu(g) * (x @ u)) @ d
 
 
+def exact_gelu(x):
+    return 0.5 * x * (1 + jax.lax.erf(x / 1.4142135))
+
+
+def tanh_gelu(x):
+    return x * 0.5 * (1.0 + jnp.tanh(jnp.sqrt(2.0 / jnp.pi) * (x + 0.044715 * jnp.power(x, 3))))
+
+
+def swish(x):
+    return x / (1 + jnp.exp(-x))
+
+
+@case("mlp", x, rnd(32, 64), rnd(64, 32))
+def gelu_by_erf(x, u, d):
+    return exact_gelu(x @ u) @ d
+
+
+@case("mlp", x, rnd(32, 64), rnd(64), rnd(64, 32))
+def gelu_by_tanh(x, u, c, d):
+    return tanh_gelu(x @ u + c) @ d
+
+
+@case("gated_mlp", x, rnd(32, 64), rnd(32, 64), rnd(64, 32))
+def swish_by_exp(x, g, u, d):
+    return ((x @ u) * swish(x @ g)) @ d
+
+
+@case("mlp", rnd(5, 32), rnd(64, 32), rnd(64), rnd(32, 64), rnd(32))
+def vmapped_rows(x, u, c, d, e):
+    return jax.vmap(lambda x: d @ jax.nn.gelu(u @ x + c) + e)(x)
+
+
+@case("mlp", rnd(2, 9, 32), rnd(9, 20), rnd(20, 9))
+def over_tokens(x, u, d):
+    return (jax.nn.gelu(x.mT @ u) @ d).mT
+
+
+@case("mlp", x.astype(jnp.bfloat16), rnd(32, 64).astype(jnp.bfloat16), rnd(64, 32).astype(jnp.bfloat16))
+def bfloat16(x, u, d):
+    return jax.nn.gelu(x @ u) @ d
+
+
+@case("", x, rnd(32, 64), rnd(64, 32))
+def gelu_of_another_factor(x, u, d):
+    h = x @ u
+    return (h * jax.nn.sigmoid(1.702 * h)) @ d
+
+
+@case("swiglu", x, rnd(32, 64), rnd(32, 64), rnd(64, 32))
+def hidden_layer_kept(x, g, u, d):
+    h = jax.nn.silu(x @ g) * (x @ u)
+    return h @ d, h
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_part_is_replaced_where_it_fits_and_nothing_changes(name, everything_pays):
     fn, expected, args = CASES[name]

@@ -101,6 +101,50 @@ def rms_square_shuffled(x):
     return x * jax.lax.rsqrt((x * x).mean(-1) + 1e-6)[None, :]
 
 
+@case("layer_norm", rnd(2, 3, 4, 5), rnd(4, 5), rnd(4, 5))
+def ln_over_two_axes(x, w, b):
+    m = x.mean((-2, -1), keepdims=True)
+    v = ((x - m) ** 2).mean((-2, -1), keepdims=True)
+    return (x - m) * jax.lax.rsqrt(v + 1e-5) * w + b
+
+
+@case("layer_norm", rnd(2, 5, 3), rnd(5), rnd(5))
+def ln_over_the_middle_axis(x, w, b):
+    m, v = x.mean(1, keepdims=True), x.var(1, keepdims=True)
+    return (x - m) / jnp.sqrt(v + 1e-5) * w[:, None] + b[:, None]
+
+
+@case("layer_norm", x, w, b)
+def ln_of_moments(x, w, b):
+    m = x.mean(-1, keepdims=True)
+    v = (x * x).mean(-1, keepdims=True) - m * m
+    return (x - m) * (jax.lax.rsqrt(v + 1e-5) * w) + b
+
+
+@case("", x, w)
+def epsilon_inside_the_mean(x, w):
+    return x * jax.lax.rsqrt((x * x + 1e-6).mean(-1, keepdims=True)) * w
+
+
+@case("rms_norm", rnd(7, 7))
+def mean_of_columns_subtracted(x):
+    m = x.mean(-1)
+    d = x - m[None, :]
+    return d * jax.lax.rsqrt((d * d).mean(-1, keepdims=True) + 1e-6) - x
+
+
+@case("layer_norm", rnd(2, 3, 8), rnd(8))
+def ln_vmapped(x, w):
+    one = lambda x: (x - x.mean()) * jax.lax.rsqrt(x.var() + 1e-5) * w
+    return jax.vmap(jax.vmap(one))(x)
+
+
+@case("rms_norm", x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+def rms_of_widened_squares(x, w):
+    variance = jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True).astype(x.dtype)
+    return w * (x / jnp.sqrt(variance + 1e-6))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_part_is_replaced_where_it_fits_and_nothing_changes(name, everything_pays):
     fn, expected, args = CASES[name]

@@ -167,3 +167,8 @@ def test_gradient_is_the_same_on_eight_devices(where):
 def test_bad_input_is_an_error(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_report_says_where_a_backward_pass_is_in_it_already():
+    assert "not the other way round" in str(layers.rewrite(jax.grad(plain_llama.loss)).report(PARAMS, TOKENS))
+    assert "not the other way round" not in str(layers.rewrite(plain_llama.loss).report(PARAMS, TOKENS))

@@ -9,7 +9,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        variance = jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True).astype(x.dtype)
+        variance = jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))).mean(-1, keepdims=True).astype(x.dtype)
         return scale * (x / jnp.sqrt(variance + 1e-6))
 
 
