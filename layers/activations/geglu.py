@@ -13,32 +13,19 @@ Reference: Shazeer, "GLU Variants Improve Transformer", 2020.
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.activations.arguments import check_real
-from layers.core.elementwise import GELU, GELU_EXACT, elementwise
-from layers.core.function import Function
-from layers.core.recompute import barrier
+from layers.activations.arguments import GateFunction, draw_two, pair
+from layers.core import checks
+from layers.core.elementwise import GELU, GELU_EXACT
 
 
-class GEGLUFunction(Function):
-    @staticmethod
-    def forward(ctx, gate, up, approximate):
-        ctx.save_for_backward(gate, up)
-        ctx.activation = GELU if approximate else GELU_EXACT
-        return elementwise(lambda gate, up: ctx.activation.value(gate) * up, gate, up)
+class GEGLUFunction(GateFunction):
+    activation, example = GELU, staticmethod(draw_two)
 
-    @staticmethod
-    def backward(ctx, dy):
-        (gate, up), dy = barrier(ctx.saved_tensors, dy)
-        value, pull = ctx.activation
-        return *elementwise(lambda dy, gate, up: (pull(gate, dy * up), dy * value(gate)), dy, gate, up), None
 
-    @staticmethod
-    def example(key, dtype):
-        return *(jax.random.normal(k, (3, 5), dtype) for k in jax.random.split(key)), False
+class ExactGEGLUFunction(GateFunction):
+    activation, example = GELU_EXACT, staticmethod(draw_two)
 
 
 def geglu(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], approximate: bool = True) -> Float[Array, "*shape"]:
@@ -58,6 +45,5 @@ def geglu(gate: Float[Array, "*shape"], up: Float[Array, "*shape"], approximate:
         TypeError: where an argument is not of a real floating-point dtype.
         ValueError: where the shapes differ.
     """
-    gate, up = jnp.asarray(gate), jnp.asarray(up)
-    check_real("geglu", gate=gate, up=up)
-    return GEGLUFunction.apply(gate, up, approximate)
+    gate, up = pair("geglu", gate, up)
+    return (GEGLUFunction if checks.flag("geglu", "approximate", approximate) else ExactGEGLUFunction).apply(gate, up)

@@ -12,31 +12,19 @@ Reference: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.activations.arguments import check_real
-from layers.core.elementwise import GELU, GELU_EXACT, elementwise
-from layers.core.function import Function
-from layers.core.recompute import barrier
+from layers.activations.arguments import UnaryFunction, draw_one
+from layers.core import checks
+from layers.core.elementwise import GELU, GELU_EXACT
 
 
-class GELUFunction(Function):
-    @staticmethod
-    def forward(ctx, x, approximate):
-        ctx.save_for_backward(x)
-        ctx.activation = GELU if approximate else GELU_EXACT
-        return elementwise(ctx.activation.value, x)
+class GELUFunction(UnaryFunction):
+    activation, example = GELU, staticmethod(draw_one)
 
-    @staticmethod
-    def backward(ctx, dy):
-        (x,), dy = barrier(ctx.saved_tensors, dy)
-        return elementwise(lambda dy, x: ctx.activation.pull(x, dy), dy, x), None
 
-    @staticmethod
-    def example(key, dtype):
-        return 2 * jax.random.normal(key, (3, 5), dtype), True
+class ExactGELUFunction(UnaryFunction):
+    activation, example = GELU_EXACT, staticmethod(draw_one)
 
 
 def gelu(x: Float[Array, "*shape"], approximate: bool = True) -> Float[Array, "*shape"]:
@@ -54,6 +42,5 @@ def gelu(x: Float[Array, "*shape"], approximate: bool = True) -> Float[Array, "*
     Raises:
         TypeError: where `x` is not of a real floating-point dtype.
     """
-    x = jnp.asarray(x)
-    check_real("gelu", x=x)
-    return GELUFunction.apply(x, approximate)
+    x = checks.array("gelu", "x", x)
+    return (GELUFunction if checks.flag("gelu", "approximate", approximate) else ExactGELUFunction).apply(x)

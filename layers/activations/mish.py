@@ -13,30 +13,15 @@ Reference: Misra, "Mish: A Self Regularized Non-Monotonic Activation Function", 
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.activations.arguments import check_real
-from layers.core.elementwise import MISH, elementwise
-from layers.core.function import Function
-from layers.core.recompute import barrier
+from layers.activations.arguments import UnaryFunction, draw_one
+from layers.core import checks
+from layers.core.elementwise import MISH
 
 
-class MishFunction(Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return elementwise(MISH.value, x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (x,), dy = barrier(ctx.saved_tensors, dy)
-        return elementwise(lambda dy, x: MISH.pull(x, dy), dy, x)
-
-    @staticmethod
-    def example(key, dtype):
-        return (2 * jax.random.normal(key, (3, 5), dtype),)
+class MishFunction(UnaryFunction):
+    activation, example = MISH, staticmethod(draw_one)
 
 
 def mish(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -53,6 +38,4 @@ def mish(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Raises:
         TypeError: where `x` is not of a real floating-point dtype.
     """
-    x = jnp.asarray(x)
-    check_real("mish", x=x)
-    return MishFunction.apply(x)
+    return MishFunction.apply(checks.array("mish", "x", x))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.activations.arguments import check_real
+from layers.core import checks
 from layers.core.bits import pack_bits, unpack_bits
 from layers.core.function import Function
 
@@ -47,6 +47,4 @@ def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Raises:
         TypeError: where `x` is not of a real floating-point dtype.
     """
-    x = jnp.asarray(x)
-    check_real("relu", x=x)
-    return ReLUFunction.apply(x)
+    return ReLUFunction.apply(checks.array("relu", "x", x))

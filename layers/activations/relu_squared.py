@@ -11,30 +11,15 @@ Reference: So et al., "Primer: Searching for Efficient Transformers", 2021.
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.activations.arguments import check_real
-from layers.core.elementwise import RELU_SQUARED, elementwise
-from layers.core.function import Function
-from layers.core.recompute import barrier
+from layers.activations.arguments import UnaryFunction, draw_one
+from layers.core import checks
+from layers.core.elementwise import RELU_SQUARED
 
 
-class ReLUSquaredFunction(Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return elementwise(RELU_SQUARED.value, x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (x,), dy = barrier(ctx.saved_tensors, dy)
-        return elementwise(lambda dy, x: RELU_SQUARED.pull(x, dy), dy, x)
-
-    @staticmethod
-    def example(key, dtype):
-        return (2 * jax.random.normal(key, (3, 5), dtype),)
+class ReLUSquaredFunction(UnaryFunction):
+    activation, example = RELU_SQUARED, staticmethod(draw_one)
 
 
 def relu_squared(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -51,6 +36,4 @@ def relu_squared(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Raises:
         TypeError: where `x` is not of a real floating-point dtype.
     """
-    x = jnp.asarray(x)
-    check_real("relu_squared", x=x)
-    return ReLUSquaredFunction.apply(x)
+    return ReLUSquaredFunction.apply(checks.array("relu_squared", "x", x))

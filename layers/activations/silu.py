@@ -11,30 +11,15 @@ Reference: Elfwing et al., "Sigmoid-Weighted Linear Units", 2017; Ramachandran e
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.activations.arguments import check_real
-from layers.core.elementwise import SILU, elementwise
-from layers.core.function import Function
-from layers.core.recompute import barrier
+from layers.activations.arguments import UnaryFunction, draw_one
+from layers.core import checks
+from layers.core.elementwise import SILU
 
 
-class SiLUFunction(Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return elementwise(SILU.value, x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (x,), dy = barrier(ctx.saved_tensors, dy)
-        return elementwise(lambda dy, x: SILU.pull(x, dy), dy, x)
-
-    @staticmethod
-    def example(key, dtype):
-        return (2 * jax.random.normal(key, (3, 5), dtype),)
+class SiLUFunction(UnaryFunction):
+    activation, example = SILU, staticmethod(draw_one)
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -51,6 +36,4 @@ def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Raises:
         TypeError: where `x` is not of a real floating-point dtype.
     """
-    x = jnp.asarray(x)
-    check_real("silu", x=x)
-    return SiLUFunction.apply(x)
+    return SiLUFunction.apply(checks.array("silu", "x", x))

@@ -11,30 +11,15 @@ Reference: Dugas et al., "Incorporating Second-Order Functional Knowledge", 2000
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.activations.arguments import check_real
-from layers.core.elementwise import SOFTPLUS, elementwise
-from layers.core.function import Function
-from layers.core.recompute import barrier
+from layers.activations.arguments import UnaryFunction, draw_one
+from layers.core import checks
+from layers.core.elementwise import SOFTPLUS
 
 
-class SoftplusFunction(Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return elementwise(SOFTPLUS.value, x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (x,), dy = barrier(ctx.saved_tensors, dy)
-        return elementwise(lambda dy, x: SOFTPLUS.pull(x, dy), dy, x)
-
-    @staticmethod
-    def example(key, dtype):
-        return (2 * jax.random.normal(key, (3, 5), dtype),)
+class SoftplusFunction(UnaryFunction):
+    activation, example = SOFTPLUS, staticmethod(draw_one)
 
 
 def softplus(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -51,6 +36,4 @@ def softplus(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     Raises:
         TypeError: where `x` is not of a real floating-point dtype.
     """
-    x = jnp.asarray(x)
-    check_real("softplus", x=x)
-    return SoftplusFunction.apply(x)
+    return SoftplusFunction.apply(checks.array("softplus", "x", x))

@@ -11,30 +11,14 @@ Reference: Shazeer, "GLU Variants Improve Transformer", 2020.
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.activations.arguments import check_real
-from layers.core.elementwise import SILU, elementwise
-from layers.core.function import Function
-from layers.core.recompute import barrier
+from layers.activations.arguments import GateFunction, draw_two, pair
+from layers.core.elementwise import SILU
 
 
-class SwiGLUFunction(Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return elementwise(lambda gate, up: SILU.value(gate) * up, gate, up)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (gate, up), dy = barrier(ctx.saved_tensors, dy)
-        return elementwise(lambda dy, gate, up: (SILU.pull(gate, dy * up), dy * SILU.value(gate)), dy, gate, up)
-
-    @staticmethod
-    def example(key, dtype):
-        return tuple(jax.random.normal(k, (3, 5), dtype) for k in jax.random.split(key))
+class SwiGLUFunction(GateFunction):
+    activation, example = SILU, staticmethod(draw_two)
 
 
 def swiglu(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -53,6 +37,4 @@ def swiglu(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Ar
         TypeError: where an argument is not of a real floating-point dtype.
         ValueError: where the shapes differ.
     """
-    gate, up = jnp.asarray(gate), jnp.asarray(up)
-    check_real("swiglu", gate=gate, up=up)
-    return SwiGLUFunction.apply(gate, up)
+    return SwiGLUFunction.apply(*pair("swiglu", gate, up))

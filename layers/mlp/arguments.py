@@ -1,4 +1,4 @@
-"""What the perceptrons ask of their arguments, and the shapes they come in."""
+"""What the perceptrons ask of their arguments."""
 
 from __future__ import annotations
 
@@ -7,53 +7,77 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.core.checks import check_block_size, check_floating
-from layers.core.elementwise import ACTIVATIONS
+from layers.core import checks
+from layers.core.elementwise import ACTIVATIONS, Activation
 
 SAVE = ("inputs", "preactivations")
 
 
-def check_options(name: str, activation: str, save: str, size: int | None, dtype: Any) -> None:
-    """Raises unless each is one that there is."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation is {activation!r}, but must be one of {', '.join(ACTIVATIONS)}")
-    if save not in SAVE:
-        raise ValueError(f"{name}: save is {save!r}, but must be one of {', '.join(SAVE)}")
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name}: dtype is {jnp.dtype(dtype)}, but must be a real floating-point dtype")
-    check_block_size(name, size)
+def activation(who: str, value: Any) -> Activation:
+    """One by its name, or any function of each element, whose derivative is then JAX's."""
+    if isinstance(value, str) or not callable(value):
+        return ACTIVATIONS[checks.choice(who, "activation", value, ACTIVATIONS)]
+    made = jax.eval_shape(value, jax.ShapeDtypeStruct((2, 3), jnp.float32))
+    if getattr(made, "shape", None) != (2, 3):
+        raise ValueError(f"{who}: activation is a function that makes {made} of a (2, 3) array, but must keep the shape")
+    f: Any = value
+    return Activation(f, lambda a, dh: jax.vjp(f, a)[1](dh)[0])
 
 
-def check_arrays(name: str, x: jax.Array, ups: dict[str, jax.Array], down_kernel: jax.Array, **biases: jax.Array | None) -> None:
-    """Raises unless all arrays are real and floating and their shapes fit: `ups` are (in_features, hidden), by name."""
-    check_floating(name, x=x, **ups, down_kernel=down_kernel, **biases)
+def options(who: str, save: Any, block_size: Any, dtype: Any) -> dict[str, Any]:
+    """What a plan holds of these."""
+    keep = checks.choice(who, "save", save, SAVE) == "preactivations"
+    block = checks.integer(who, "block_size", block_size, "[1, inf)", optional=True)
+    return {"keep": keep, "block": block, "dtype": checks.dtype(who, "dtype", dtype)}
+
+
+def norm(who: str, x: jax.Array, scale: Any, epsilon: Any, scale_offset: Any) -> tuple[Any, dict[str, Any]]:
+    """The scale of the norm, where there is one, and what a plan holds of it."""
+    scale = checks.array(who, "norm_scale", scale, optional=True)
+    checks.shape(who, "norm_scale", scale, x.shape[-1:], "(in_features,)", x=x)
+    epsilon = checks.number(who, "epsilon", epsilon, "[0, inf)", traced=True)
+    offset = checks.number(who, "scale_offset", scale_offset)
+    if offset and scale is None:
+        raise ValueError(f"{who}: scale_offset is {offset}, but there is no norm_scale to add it to")
+    return scale, {"epsilon": epsilon, "scale_offset": offset}
+
+
+def rows(who: str, x: Any) -> jax.Array:
+    x = checks.array(who, "x", x)
     if x.ndim == 0:
-        raise ValueError(f"{name}: x is a scalar, but needs a last axis of features")
-    if down_kernel.ndim != 2:
-        raise ValueError(f"{name}: down_kernel has shape {down_kernel.shape}, but must be (hidden_features, out_features)")
-    hidden, out = down_kernel.shape
-    for key, kernel in ups.items():
-        if kernel.shape != (x.shape[-1], hidden):
-            hint = ": transpose it, " + f"{key}.T" if kernel.shape == (hidden, x.shape[-1]) else ""
-            raise ValueError(
-                f"{name}: {key} has shape {kernel.shape}, but must be (in_features, hidden_features) = {(x.shape[-1], hidden)} "
-                f"(x: {x.shape}, down_kernel: {down_kernel.shape}){hint}"
-            )
-    for key, bias in biases.items():
-        size = out if key == "down_bias" else hidden
-        if bias is not None and bias.shape != (size,):
-            raise ValueError(f"{name}: {key} has shape {bias.shape}, but must be {(size,)} (down_kernel: {down_kernel.shape})")
+        raise ValueError(f"{who}: x is a scalar, but must have a last axis of features: x[None]")
+    return x
 
 
-def check_norm(name: str, x: jax.Array, scale: jax.Array | None, epsilon: float) -> None:
-    """Raises unless the scale of the norm, where there is one, is real and floating and fits x, and epsilon is not negative."""
-    check_floating(name, norm_scale=scale)
-    if scale is not None and scale.shape != x.shape[-1:]:
-        raise ValueError(f"{name}: norm_scale has shape {scale.shape}, but the last axis of x is {x.shape[-1:]} (x: {x.shape})")
-    if epsilon < 0:
-        raise ValueError(f"{name}: epsilon is {epsilon}, but must not be negative")
+def kernels(who: str, x: jax.Array, down_kernel: Any, fused: bool = False, **ups: Any) -> tuple[jax.Array, ...]:
+    """The kernels to the hidden layer, and that from it; a fused one makes twice as many features."""
+    down = checks.array(who, "down_kernel", down_kernel, ndim=2)
+    hidden = len(down) * (2 if fused else 1)
+    found = {what: checks.array(who, what, value) for what, value in ups.items()}
+    for what, kernel in found.items():
+        hint = f": transpose it, {what}.T" if kernel.shape == (hidden, x.shape[-1]) else ""
+        size = "2 * hidden_features" if fused else "hidden_features"
+        checks.shape(who, what, kernel, (x.shape[-1], hidden), f"(in_features, {size})", hint=hint, x=x, down_kernel=down)
+    return *found.values(), down
 
 
-def as_arrays(*arrays: Any) -> list[Any]:
-    """JAX arrays of all that is not None."""
-    return [None if a is None else jnp.asarray(a) for a in arrays]
+def biases(who: str, sizes: dict[str, int], **given: Any) -> list[Any]:
+    """Each None, or of its size."""
+    found = {what: checks.array(who, what, value, optional=True) for what, value in given.items()}
+    for what, bias in found.items():
+        checks.shape(who, what, bias, (sizes[what],), "(out_features,)" if what == "down_bias" else "(hidden_features,)")
+    return list(found.values())
+
+
+def module(who: str, in_features: Any, hidden_features: Any, out_features: Any, **others: Any) -> tuple[int, int, int]:
+    """The sizes of a perceptron; its other options are only looked at."""
+    size = "[1, 2147483647]"
+    ins, hidden = (checks.integer(who, k, v, size) for k, v in {"in_features": in_features, "hidden_features": hidden_features}.items())
+    out = checks.integer(who, "out_features", out_features, size, optional=True)
+    activation(who, others["activation"])
+    options(who, others["save"], others["block_size"], others["dtype"])
+    checks.flag(who, "use_bias", others["use_bias"])
+    checks.dtype(who, "param_dtype", others["param_dtype"], optional=False)
+    for what in ("kernel_init", "bias_init"):
+        checks.function(who, what, others[what])
+    return ins, hidden, ins if out is None else out

@@ -70,13 +70,19 @@ class Plan(NamedTuple):
         block: rows in a block; None to choose.
         dtype: of the operands of the products and of the output; None for the common one of the arrays.
         epsilon: of the norm, where there is one.
+        scale_offset: is added to the scale of the norm.
     """
 
     hidden: Hidden
     keep: bool
     block: int | None = None
     dtype: Any = None
-    epsilon: float = 0.0
+    epsilon: Any = 0.0
+    scale_offset: float = 0.0
+
+    def factor(self, scale: jax.Array) -> jax.Array:
+        """What the norm of x is multiplied by."""
+        return scale.astype(wide(scale.dtype)) + self.scale_offset if self.scale_offset else scale
 
     def rows_in_block(self, rows: int, hidden_features: int, dtype: Any) -> int:
         """Of a hidden layer of a dtype."""
@@ -90,7 +96,7 @@ def run(x: jax.Array, scale: Any, ups: Sequence[Affine], down: Affine, plan: Pla
     ups, down = _cast((ups, down), dtype)
 
     def block(x: jax.Array) -> tuple[jax.Array, Any]:
-        n = x if scale is None else prenorm.normalize(x, plan.epsilon)[0] * scale
+        n = x if scale is None else prenorm.normalize(x, plan.epsilon)[0] * plan.factor(scale)
         a = [up(n.astype(dtype)) for up in ups]
         y = down(plan.hidden.value(*a).astype(dtype))
         return y.astype(dtype), [a.astype(dtype) for a in a] if plan.keep else None
@@ -119,8 +125,8 @@ def run_back(dy: jax.Array, x: jax.Array, scale: Any, kept: Any, ups: Sequence[A
     def block(sums: Any, given: Any) -> tuple[Any, Any]:
         dy, x, a = given
         dscale, dups, ddown = sums
-        xhat, rstd = (x, None) if scale is None else prenorm.normalize(x, plan.epsilon)
-        n = (xhat if scale is None else xhat * scale).astype(dtype)
+        xhat, root = (x, None) if scale is None else prenorm.normalize(x, plan.epsilon)
+        n = (xhat if scale is None else xhat * plan.factor(scale)).astype(dtype)
         a = [up(n) for up in ups] if a is None else [a.astype(wide(dtype)) for a in a]
         if needs.down.kernel:
             ddown = ddown.add(plan.hidden.value(*a).astype(dtype), dy)
@@ -133,13 +139,19 @@ def run_back(dy: jax.Array, x: jax.Array, scale: Any, kept: Any, ups: Sequence[A
         if not needs_n:
             return (dscale, dups, ddown), None
         dx = jnp.asarray(sum(dot("ro,io->ri", d.astype(dtype), up.kernel) for d, up in zip(da, ups, strict=True)))
-        if scale is not None and rstd is not None:
-            dx, more = prenorm.pull(dx, xhat, rstd, scale)
+        if scale is not None and root is not None:
+            dx, more = prenorm.pull(dx, xhat, root, plan.factor(scale))
             dscale = dscale + more.astype(dscale.dtype) if needs.scale else None
         return (dscale, dups, ddown), dx.astype(x.dtype) if needs.x else None
 
     (dscale, dups, ddown), dx = scan_blocks_late(block, start, (dy, x, kept), block=rows)
     return Needs(dx, dscale, dups, ddown)
+
+
+def refuse_gradient_of_options(who: str, needed: bool) -> None:
+    """Raises where what a plan holds is being differentiated."""
+    if needed:
+        raise TypeError(f"{who}: epsilon has no gradient, nor what an activation closes over: pass jax.lax.stop_gradient(epsilon)")
 
 
 def _cast(parameters: Any, dtype: Any) -> Any:

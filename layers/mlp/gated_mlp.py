@@ -14,6 +14,7 @@ Reference: Shazeer, "GLU Variants Improve Transformer", 2020; for the recomputat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,22 +23,28 @@ from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxtyping import Array, Float
 
-from layers.core.elementwise import ACTIVATIONS
+from layers.core.elementwise import ACTIVATIONS, Activation
 from layers.core.function import Function
 from layers.core.rows import as_rows
-from layers.mlp.arguments import as_arrays, check_arrays, check_norm, check_options
-from layers.mlp.blocks import Affine, Hidden, Needs, Plan, run, run_back
+from layers.mlp import arguments
+from layers.mlp.blocks import Affine, Hidden, Needs, Plan, refuse_gradient_of_options, run, run_back
 
-HIDDEN = {
-    name: Hidden(lambda g, u, f=f: f.value(g) * u, lambda dh, g, u, f=f: (f.pull(g, dh * u), dh * f.value(g))) for name, f in ACTIVATIONS.items()
-}
-"""h = f(g) u, dg = dh u f'(g) and du = dh f(g)."""
+
+def hidden(f: Activation) -> Hidden:
+    """h = f(g) u, dg = dh u f'(g) and du = dh f(g)."""
+    return Hidden(lambda g, u: f.value(g) * u, lambda dh, g, u: (f.pull(g, dh * u), dh * f.value(g)))
+
+
+HIDDEN = {name: hidden(f) for name, f in ACTIVATIONS.items()}
 
 
 class GatedMLPFunction(Function):
+    """With an `up_kernel` of None, `gate_kernel` and `gate_bias` hold both, that of the gate first: what is saved is the whole."""
+
     @staticmethod
     def forward(ctx, x, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, norm_scale, plan):
-        y, kept = run(x, norm_scale, [Affine(gate_kernel, gate_bias), Affine(up_kernel, up_bias)], Affine(down_kernel, down_bias), plan)
+        ups = _apart(Affine(gate_kernel, gate_bias), Affine(up_kernel, up_bias))
+        y, kept = run(x, norm_scale, ups, Affine(down_kernel, down_bias), plan)
         ctx.save_for_backward(x, kept, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, norm_scale)
         ctx.plan = plan
         return y
@@ -45,10 +52,16 @@ class GatedMLPFunction(Function):
     @staticmethod
     def backward(ctx, dy):
         x, kept, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, norm_scale = ctx.saved_tensors
-        needs_x, gate, up, down, gate_b, up_b, down_b, scale = ctx.needs_input_grad[:8]
-        ups, needs = [Affine(gate_kernel, gate_bias), Affine(up_kernel, up_bias)], [Affine(gate, gate_b), Affine(up, up_b)]
+        needs_x, gate, up, down, gate_b, up_b, down_b, scale, options = ctx.needs_input_grad
+        refuse_gradient_of_options("gated_mlp", options)
+        fused = up_kernel is None
+        ups, needs = _apart(Affine(gate_kernel, gate_bias), Affine(up_kernel, up_bias)), [Affine(gate, gate_b)] * 2
+        needs = needs if fused else [needs[0], Affine(up, up_b)]
         ends = Affine(down_kernel, down_bias), ctx.plan, Needs(needs_x, scale, needs, Affine(down, down_b))
         dx, dscale, (dgate, dup), ddown = run_back(dy, x, norm_scale, kept, ups, *ends)
+        if fused:
+            dgate = Affine(*(None if g is None else jnp.concatenate([g, u], -1) for g, u in zip(dgate, dup, strict=True)))
+            dup = Affine(None, None)
         return dx, dgate.kernel, dup.kernel, ddown.kernel, dgate.bias, dup.bias, ddown.bias, dscale, None
 
     @staticmethod
@@ -58,21 +71,30 @@ class GatedMLPFunction(Function):
         return *arrays, Plan(HIDDEN["silu"], keep=True, block=2, epsilon=1e-6)
 
 
+def _apart(gate: Affine, up: Affine) -> list[Affine]:
+    """The two maps, of one that may hold both."""
+    if up.kernel is not None:
+        return [gate, up]
+    kernels = jnp.split(gate.kernel, 2, 1)
+    return [Affine(*pair) for pair in zip(kernels, [None] * 2 if gate.bias is None else jnp.split(gate.bias, 2), strict=True)]
+
+
 def gated_mlp(
     x: Float[Array, "*batch in_features"],
     gate_kernel: Float[Array, "in_features hidden_features"],
-    up_kernel: Float[Array, "in_features hidden_features"],
+    up_kernel: Float[Array, "in_features hidden_features"] | None,
     down_kernel: Float[Array, "hidden_features out_features"],
     gate_bias: Float[Array, " hidden_features"] | None = None,
     up_bias: Float[Array, " hidden_features"] | None = None,
     down_bias: Float[Array, " out_features"] | None = None,
     *,
-    activation: str = "silu",
+    activation: str | Callable[[jax.Array], jax.Array] = "silu",
     save: str = "preactivations",
     dtype: Any = None,
     block_size: int | None = None,
     norm_scale: Float[Array, " in_features"] | None = None,
-    epsilon: float = 1e-6,
+    epsilon: float | Float[Array, ""] = 1e-6,
+    scale_offset: float = 0.0,
 ) -> Float[Array, "*batch out_features"]:
     """Computes `(f(x @ gate_kernel) * (x @ up_kernel)) @ down_kernel` without ever holding the hidden layer whole.
 
@@ -81,10 +103,10 @@ def gated_mlp(
 
     Args:
         x: rows of features.
-        gate_kernel: to what goes through the activation.
-        up_kernel: to what is multiplied by it.
+        gate_kernel: to what goes through the activation; without `up_kernel` to both, (in_features, 2 * hidden_features), the gate first.
+        up_kernel: to what is multiplied by it; or None.
         down_kernel: from the hidden layer.
-        gate_bias: is added to the first product; or None.
+        gate_bias: is added to the first product; or None. Of both as well, without `up_kernel`.
         up_bias: is added to the second; or None.
         down_bias: is added at the end; or None.
         activation: f, as in `mlp`: "silu" makes a SwiGLU, "gelu" a GEGLU.
@@ -94,22 +116,57 @@ def gated_mlp(
         block_size: rows in a block; None to choose so that a block of the hidden layer stays in the caches.
         norm_scale: where given, all this is of `rms_norm(x, norm_scale, epsilon=epsilon)`, which is then not kept for backward.
         epsilon: of that norm.
+        scale_offset: of that norm: is added to its scale (1 for Gemma).
 
     Returns:
         `(*batch, out_features)`.
 
     Raises:
-        ValueError: for shapes that do not fit, an unknown activation or `save`.
+        ValueError: for shapes that do not fit, an unknown activation or `save`, a negative epsilon.
         TypeError: where an array is not of a real floating-point dtype.
     """
-    x, gate_kernel, up_kernel, down_kernel = as_arrays(x, gate_kernel, up_kernel, down_kernel)
-    *biases, norm_scale = as_arrays(gate_bias, up_bias, down_bias, norm_scale)
-    check_options("gated_mlp", activation, save, block_size, dtype)
-    check_norm("gated_mlp", x, norm_scale, epsilon)
-    kernels = {"gate_kernel": gate_kernel, "up_kernel": up_kernel}
-    check_arrays("gated_mlp", x, kernels, down_kernel, gate_bias=biases[0], up_bias=biases[1], down_bias=biases[2])
-    plan = Plan(HIDDEN[activation], save == "preactivations", block_size, dtype, epsilon)
-    y = GatedMLPFunction.apply(as_rows(x), gate_kernel, up_kernel, down_kernel, *biases, norm_scale, plan)
+    options = {
+        "activation": activation,
+        "save": save,
+        "dtype": dtype,
+        "block_size": block_size,
+        "norm_scale": norm_scale,
+        "epsilon": epsilon,
+        "scale_offset": scale_offset,
+    }
+    return _compute("gated_mlp", x, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, **options)
+
+
+def _compute(
+    who: str,
+    x: Any,
+    gate_kernel: Any,
+    up_kernel: Any,
+    down_kernel: Any,
+    gate_bias: Any,
+    up_bias: Any,
+    down_bias: Any,
+    *,
+    activation: Any,
+    save: Any,
+    dtype: Any,
+    block_size: Any,
+    norm_scale: Any,
+    epsilon: Any,
+    scale_offset: Any,
+) -> jax.Array:
+    """`gated_mlp`, for the function and for the module."""
+    x, fused = arguments.rows(who, x), up_kernel is None
+    ups = {"gate_kernel": gate_kernel} | ({} if fused else {"up_kernel": up_kernel})
+    gate_kernel, *up, down_kernel = arguments.kernels(who, x, down_kernel, fused, **ups)
+    sizes = {"gate_bias": gate_kernel.shape[1], "up_bias": 0 if fused else gate_kernel.shape[1], "down_bias": down_kernel.shape[1]}
+    found = arguments.biases(who, sizes, gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias)
+    if fused and found[1] is not None:
+        raise ValueError(f"{who}: up_bias is given, but without up_kernel must be None: gate_bias holds both")
+    norm_scale, norm = arguments.norm(who, x, norm_scale, epsilon, scale_offset)
+    f = arguments.activation(who, activation)
+    plan = Plan(HIDDEN[activation] if isinstance(activation, str) else hidden(f), **arguments.options(who, save, block_size, dtype), **norm)
+    y = GatedMLPFunction.apply(as_rows(x), gate_kernel, up[0] if up else None, down_kernel, *found, norm_scale, plan)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -137,7 +194,7 @@ class GatedMLP(nnx.Module):
         hidden_features: int,
         out_features: int | None = None,
         *,
-        activation: str = "silu",
+        activation: str | Callable[[jax.Array], jax.Array] = "silu",
         use_bias: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -147,17 +204,21 @@ class GatedMLP(nnx.Module):
         block_size: int | None = None,
         rngs: nnx.Rngs,
     ):
-        check_options("GatedMLP", activation, save, block_size, dtype)
-        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init, "rngs": rngs}
+        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init}
+        others = {"activation": activation, "save": save, "block_size": block_size}
+        sizes = in_features, hidden_features, out_features
+        in_features, hidden_features, out_features = arguments.module("GatedMLP", *sizes, **options, **others)
+        options["rngs"] = rngs
         self.gate = nnx.Linear(in_features, hidden_features, **options)
         self.up = nnx.Linear(in_features, hidden_features, **options)
-        self.down = nnx.Linear(hidden_features, out_features or in_features, **options)
+        self.down = nnx.Linear(hidden_features, out_features, **options)
         self.activation, self.save, self.dtype, self.block_size = activation, save, dtype, block_size
 
-    def __call__(self, x: Any, norm_scale: Any = None, epsilon: float = 1e-6) -> jax.Array:
-        """`norm_scale` and `epsilon` as of `gated_mlp`: with those of an `RMSNorm`, what the module gives of its output."""
+    def __call__(self, x: Any, norm_scale: Any = None, epsilon: float = 1e-6, scale_offset: float = 0.0) -> jax.Array:
+        """`norm_scale`, `epsilon` and `scale_offset` as of `gated_mlp`: with those of an `RMSNorm`, what the module gives of its output."""
         maps = self.gate, self.up, self.down
-        return gated_mlp(
+        return _compute(
+            "GatedMLP",
             x,
             *(m.kernel[...] for m in maps),
             *(None if m.bias is None else m.bias[...] for m in maps),
@@ -167,4 +228,5 @@ class GatedMLP(nnx.Module):
             block_size=self.block_size,
             norm_scale=norm_scale,
             epsilon=epsilon,
+            scale_offset=scale_offset,
         )

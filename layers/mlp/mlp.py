@@ -15,6 +15,7 @@ Hsu et al., "Liger Kernel", 2024.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,14 +24,19 @@ from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxtyping import Array, Float
 
-from layers.core.elementwise import ACTIVATIONS
+from layers.core.elementwise import ACTIVATIONS, Activation
 from layers.core.function import Function
 from layers.core.rows import as_rows
-from layers.mlp.arguments import as_arrays, check_arrays, check_norm, check_options
-from layers.mlp.blocks import Affine, Hidden, Needs, Plan, run, run_back
+from layers.mlp import arguments
+from layers.mlp.blocks import Affine, Hidden, Needs, Plan, refuse_gradient_of_options, run, run_back
 
-HIDDEN = {name: Hidden(f.value, lambda dh, a, f=f: (f.pull(a, dh),)) for name, f in ACTIVATIONS.items()}
-"""h = f(a) and da = dh f'(a)."""
+
+def hidden(f: Activation) -> Hidden:
+    """h = f(a) and da = dh f'(a)."""
+    return Hidden(f.value, lambda dh, a: (f.pull(a, dh),))
+
+
+HIDDEN = {name: hidden(f) for name, f in ACTIVATIONS.items()}
 
 
 class MLPFunction(Function):
@@ -45,6 +51,7 @@ class MLPFunction(Function):
     def backward(ctx, dy):
         x, a, up_kernel, down_kernel, up_bias, down_bias, norm_scale = ctx.saved_tensors
         needs_x, up, down, up_b, down_b, scale = ctx.needs_input_grad[:6]
+        refuse_gradient_of_options("mlp", ctx.needs_input_grad[6])
         needs = Needs(needs_x, scale, [Affine(up, up_b)], Affine(down, down_b))
         dx, dscale, (dup,), ddown = run_back(dy, x, norm_scale, a, [Affine(up_kernel, up_bias)], Affine(down_kernel, down_bias), ctx.plan, needs)
         return dx, dup.kernel, ddown.kernel, dup.bias, ddown.bias, dscale, None
@@ -63,12 +70,13 @@ def mlp(
     up_bias: Float[Array, " hidden_features"] | None = None,
     down_bias: Float[Array, " out_features"] | None = None,
     *,
-    activation: str = "gelu",
+    activation: str | Callable[[jax.Array], jax.Array] = "gelu",
     save: str = "preactivations",
     dtype: Any = None,
     block_size: int | None = None,
     norm_scale: Float[Array, " in_features"] | None = None,
-    epsilon: float = 1e-6,
+    epsilon: float | Float[Array, ""] = 1e-6,
+    scale_offset: float = 0.0,
 ) -> Float[Array, "*batch out_features"]:
     """Computes `f(x @ up_kernel + up_bias) @ down_kernel + down_bias` without ever holding the hidden layer whole.
 
@@ -82,26 +90,58 @@ def mlp(
         up_bias: is added before the activation; or None.
         down_bias: is added at the end; or None.
         activation: f, the name of one in `jax.nn`: "gelu" (by a hyperbolic tangent), "gelu_exact", "relu", "silu", "relu_squared" (of relu),
-            "mish", "softplus", "tanh".
+            "mish", "softplus", "tanh"; or any function of each element, whose derivative is then JAX's.
         save: what stays for backward: "preactivations", which then costs what that of autodiff costs; or "inputs", nothing but the arguments,
             and backward computes the hidden layer again, one product of matrices more.
         dtype: that of the products and the output; by default the common one of the arrays.
         block_size: rows in a block; None to choose so that a block of the hidden layer stays in the caches.
         norm_scale: where given, all this is of `rms_norm(x, norm_scale, epsilon=epsilon)`, which is then not kept for backward.
         epsilon: of that norm.
+        scale_offset: of that norm: is added to its scale (1 for Gemma).
 
     Returns:
         `(*batch, out_features)`.
 
     Raises:
-        ValueError: for shapes that do not fit, an unknown activation or `save`.
+        ValueError: for shapes that do not fit, an unknown activation or `save`, a negative epsilon.
         TypeError: where an array is not of a real floating-point dtype.
     """
-    x, up_kernel, down_kernel, up_bias, down_bias, norm_scale = as_arrays(x, up_kernel, down_kernel, up_bias, down_bias, norm_scale)
-    check_options("mlp", activation, save, block_size, dtype)
-    check_norm("mlp", x, norm_scale, epsilon)
-    check_arrays("mlp", x, {"up_kernel": up_kernel}, down_kernel, up_bias=up_bias, down_bias=down_bias)
-    plan = Plan(HIDDEN[activation], save == "preactivations", block_size, dtype, epsilon)
+    options = {
+        "activation": activation,
+        "save": save,
+        "dtype": dtype,
+        "block_size": block_size,
+        "norm_scale": norm_scale,
+        "epsilon": epsilon,
+        "scale_offset": scale_offset,
+    }
+    return _compute("mlp", x, up_kernel, down_kernel, up_bias, down_bias, **options)
+
+
+def _compute(
+    who: str,
+    x: Any,
+    up_kernel: Any,
+    down_kernel: Any,
+    up_bias: Any,
+    down_bias: Any,
+    *,
+    activation: Any,
+    save: Any,
+    dtype: Any,
+    block_size: Any,
+    norm_scale: Any,
+    epsilon: Any,
+    scale_offset: Any,
+) -> jax.Array:
+    """`mlp`, for the function and for the module."""
+    x = arguments.rows(who, x)
+    up_kernel, down_kernel = arguments.kernels(who, x, down_kernel, up_kernel=up_kernel)
+    sizes = {"up_bias": up_kernel.shape[1], "down_bias": down_kernel.shape[1]}
+    up_bias, down_bias = arguments.biases(who, sizes, up_bias=up_bias, down_bias=down_bias)
+    norm_scale, norm = arguments.norm(who, x, norm_scale, epsilon, scale_offset)
+    f = arguments.activation(who, activation)
+    plan = Plan(HIDDEN[activation] if isinstance(activation, str) else hidden(f), **arguments.options(who, save, block_size, dtype), **norm)
     y = MLPFunction.apply(as_rows(x), up_kernel, down_kernel, up_bias, down_bias, norm_scale, plan)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -130,7 +170,7 @@ class MLP(nnx.Module):
         hidden_features: int,
         out_features: int | None = None,
         *,
-        activation: str = "gelu",
+        activation: str | Callable[[jax.Array], jax.Array] = "gelu",
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -140,16 +180,20 @@ class MLP(nnx.Module):
         block_size: int | None = None,
         rngs: nnx.Rngs,
     ):
-        check_options("MLP", activation, save, block_size, dtype)
-        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init, "rngs": rngs}
+        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init}
+        others = {"activation": activation, "save": save, "block_size": block_size}
+        sizes = in_features, hidden_features, out_features
+        in_features, hidden_features, out_features = arguments.module("MLP", *sizes, **options, **others)
+        options["rngs"] = rngs
         self.up = nnx.Linear(in_features, hidden_features, **options)
-        self.down = nnx.Linear(hidden_features, out_features or in_features, **options)
+        self.down = nnx.Linear(hidden_features, out_features, **options)
         self.activation, self.save, self.dtype, self.block_size = activation, save, dtype, block_size
 
-    def __call__(self, x: Any, norm_scale: Any = None, epsilon: float = 1e-6) -> jax.Array:
-        """`norm_scale` and `epsilon` as of `mlp`: with those of an `RMSNorm`, what the module gives of its output."""
+    def __call__(self, x: Any, norm_scale: Any = None, epsilon: float = 1e-6, scale_offset: float = 0.0) -> jax.Array:
+        """`norm_scale`, `epsilon` and `scale_offset` as of `mlp`: with those of an `RMSNorm`, what the module gives of its output."""
         up, down = self.up, self.down
-        return mlp(
+        return _compute(
+            "MLP",
             x,
             up.kernel[...],
             down.kernel[...],
@@ -161,4 +205,5 @@ class MLP(nnx.Module):
             block_size=self.block_size,
             norm_scale=norm_scale,
             epsilon=epsilon,
+            scale_offset=scale_offset,
         )

@@ -158,10 +158,11 @@ def test_gate_and_up_keep_their_own_dtypes():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: gelu(jnp.ones(3), "False"), TypeError, "gelu: approximate is 'False'"),
         (lambda: relu(jnp.arange(3)), TypeError, "relu: x is of dtype int32"),
         (lambda: gelu(jnp.ones(3, jnp.complex64)), TypeError, "gelu: x is of dtype complex64"),
         (lambda: geglu(jnp.ones(3), jnp.arange(3)), TypeError, "geglu: up is of dtype int32"),
-        (lambda: swiglu(jnp.ones((2, 3)), jnp.ones(3)), ValueError, r"swiglu: gate and up must have the same shape \(gate: \(2, 3\), up: \(3,\)\)"),
+        (lambda: swiglu(jnp.ones((2, 3)), jnp.ones(3)), ValueError, r"swiglu: gate has shape \(2, 3\) and up \(3,\), but both must have the same"),
     ],
 )
 def test_wrong_arguments_are_named(call, error, message):

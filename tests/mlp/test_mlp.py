@@ -139,6 +139,41 @@ def test_frozen_kernels_cost_no_product():
     assert (products((0, 1, 2)), products(0), products(1), products(2)) == (6, 4, 4, 3)
 
 
+@BOTH
+def test_activation_may_be_any_function(name):
+    with jax.enable_x64(True):
+        args = draw(((6, 3), *SHAPES[name][: 2 if name == "mlp" else 3]), jnp.float64)
+        f = lambda a: jnp.sin(a) * a
+        ours = gradients(partial(OURS[name], activation=f, block_size=4), args)
+        plain = (lambda x, u, d: f(x @ u) @ d) if name == "mlp" else (lambda x, g, u, d: (f(x @ g) * (x @ u)) @ d)
+        assert_trees_close(ours, gradients(plain, args), rtol=1e-10, atol=1e-10)
+
+
+@SAVE
+@pytest.mark.parametrize("biased", [False, True])
+def test_fused_gate_kernel_is_both_kernels_and_is_saved_as_it_is(save, biased):
+    x, gate, up, down, gate_bias, up_bias, _ = draw(((6, 3), *SHAPES["gated_mlp"]))
+    fused, bias = jnp.concatenate([gate, up], 1), jnp.concatenate([gate_bias, up_bias]) if biased else None
+    one = lambda x, k, d: gated_mlp(x, k, None, d, bias, save=save, block_size=4)
+    two = lambda x, k, d: gated_mlp(x, *jnp.split(k, 2, 1), d, *(jnp.split(bias, 2) if biased else (None, None)), save=save, block_size=4)
+    assert_trees_close(gradients(one, (x, fused, down)), gradients(two, (x, fused, down)), rtol=1e-5, atol=1e-5)
+    assert saved_bytes(one, x, fused, down) <= (2 * 6 * 7 * 4 if save == "preactivations" else 0) + (bias.nbytes if biased else 0)
+    if biased:
+        dbias = lambda fn: jax.grad(lambda b: loss(fn(b)))(bias)
+        expected = dbias(lambda b: gated_mlp(x, gate, up, down, *jnp.split(b, 2), save=save))
+        np.testing.assert_allclose(dbias(lambda b: gated_mlp(x, fused, None, down, b, save=save)), expected, rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_norm_before_it_has_an_offset_and_takes_huge_rows(name):
+    x, scale, *kernels = draw(((6, 3), (3,), *SHAPES[name][: 2 if name == "mlp" else 3]))
+    normed = lambda x, s, **k: OURS[name](x, *kernels, norm_scale=s, block_size=4, **k)
+    ours, theirs = (gradients(fn, (x, scale)) for fn in (partial(normed, scale_offset=1.0), lambda x, s: normed(x, 1 + s)))
+    assert_trees_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    direction = x / jnp.abs(x).max()
+    np.testing.assert_allclose(normed(3e38 * direction, scale), normed(3e18 * direction, scale), rtol=1e-4, atol=1e-5)
+
+
 # Modules
 
 
@@ -218,19 +253,24 @@ def test_common_dtype_of_the_arrays_is_that_of_the_output():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda x, k: mlp(x, k, k.T, activation="elu"), ValueError, "mlp: activation is 'elu', but must be one of gelu, "),
-        (lambda x, k: mlp(x, k, k.T, save="all"), ValueError, "mlp: save is 'all', but must be one of inputs, preactivations"),
+        (lambda x, k: mlp(x, k, k.T, activation="elu"), ValueError, "mlp: activation is 'elu', but must be one of 'gelu', "),
+        (lambda x, k: mlp(x, k, k.T, save="all"), ValueError, "mlp: save is 'all', but must be one of 'inputs', 'preactivations'"),
         (lambda x, k: mlp(x, k, k.T, block_size=0), ValueError, "mlp: block_size is 0"),
         (lambda x, k: mlp(x, k.T, k.T), ValueError, r"mlp: up_kernel has shape \(7, 3\), but must be .* = \(3, 7\) .*: transpose it"),
         (lambda x, k: mlp(x, k, k), ValueError, "mlp: up_kernel has shape"),
         (lambda x, k: mlp(x, k, k[0]), ValueError, "mlp: down_kernel has shape"),
-        (lambda x, k: mlp(x, k, k.T, k[0], k[0]), ValueError, r"mlp: down_bias has shape \(7,\), but must be \(3,\)"),
+        (lambda x, k: mlp(x, k, k.T, k[0], k[0]), ValueError, r"mlp: down_bias has shape \(7,\), but must be \(out_features,\) = \(3,\)"),
         (lambda x, k: mlp(x[0, 0], k, k.T), ValueError, "mlp: x is a scalar"),
         (lambda x, k: mlp(x.astype(int), k, k.T), TypeError, "mlp: x is of dtype int32"),
         (lambda x, k: gated_mlp(x, k, k[:2], k.T), ValueError, r"gated_mlp: up_kernel has shape \(2, 7\)"),
         (lambda x, k: gated_mlp(x, k, k, k.T, norm_scale=k[0]), ValueError, r"gated_mlp: norm_scale has shape \(7,\)"),
         (lambda x, k: mlp(x, k, k.T, norm_scale=jnp.arange(3)), TypeError, "mlp: norm_scale is of dtype int32"),
         (lambda x, k: mlp(x, k, k.T, epsilon=-1), ValueError, "mlp: epsilon is -1"),
+        (lambda x, k: MLP(3, 6, 0, rngs=nnx.Rngs(0)), ValueError, "MLP: out_features is 0"),
+        (lambda x, k: GatedMLP(3, -6, rngs=nnx.Rngs(0)), ValueError, "GatedMLP: hidden_features is -6"),
+        (lambda x, k: mlp(x, k, k.T, activation=lambda a: a.sum()), ValueError, "mlp: activation is a function that makes"),
+        (lambda x, k: gated_mlp(x, k, None, k.T), ValueError, r"gated_mlp: gate_kernel has shape .* must be \(in_features, 2 \* hidden_features\)"),
+        (lambda x, k: gated_mlp(x, k, k, k.T, scale_offset=1), ValueError, "gated_mlp: scale_offset is 1.0, but there is no norm_scale"),
         (lambda x, k: GatedMLP(3, 7, activation="elu", rngs=nnx.Rngs(0)), ValueError, "GatedMLP: activation is 'elu'"),
     ],
 )
@@ -274,5 +314,5 @@ def test_only_the_arguments_or_the_preactivations_are_saved(name, arrays, dtype)
 
 
 def test_integer_dtype_is_an_error():
-    with pytest.raises(TypeError, match="dtype is int32"):
+    with pytest.raises(TypeError, match="mlp: dtype is"):
         mlp(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones((4, 3)), dtype=jnp.int32)

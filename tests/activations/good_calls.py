@@ -1,0 +1,16 @@
+"""Good calls of the activations, for `tests/test_bad_input.py`."""
+
+import jax
+
+X, UP = jax.random.normal(jax.random.key(0), (2, 3, 5))
+
+CALLS = {
+    "relu": lambda: {"x": X},
+    "relu_squared": lambda: {"x": X},
+    "silu": lambda: {"x": X},
+    "softplus": lambda: {"x": X},
+    "mish": lambda: {"x": X},
+    "gelu": lambda: {"x": X, "approximate": True},
+    "swiglu": lambda: {"gate": X, "up": UP},
+    "geglu": lambda: {"gate": X, "up": UP, "approximate": True},
+}
