@@ -8,6 +8,7 @@ Reference: Vaswani et al., "Attention Is All You Need", 2017.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -17,7 +18,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from layers.attention.dot_product_attention import dot_product_attention
-from layers.core.products import products_are_patched
+from layers.core import checks
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
@@ -27,6 +28,27 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     gives zeros. An `attention_fn` other than Flax's own is called as it is.
     With both a `precision` and a `dropout_rate`, attention is Flax's own, which honours the precision there only.
     """
+
+    @functools.wraps(nnx.MultiHeadAttention.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = checks.arguments("MultiHeadAttention", super().__init__, args, kwargs)
+        for what in ("num_heads", "in_features", "qkv_features", "out_features", "num_kv_heads", "in_kv_features"):
+            given[what] = checks.integer(
+                "MultiHeadAttention", what, given[what], "[1, 2147483647]", optional=what not in ("num_heads", "in_features")
+            )
+        given["dropout_rate"] = checks.number("MultiHeadAttention", "dropout_rate", given["dropout_rate"], "[0, 1)")
+        for what in ("broadcast_dropout", "use_bias", "normalize_qk", "deterministic", "decode"):
+            given[what] = checks.flag("MultiHeadAttention", what, given[what], optional=what in ("deterministic", "decode"))
+        checks.dtype("MultiHeadAttention", "dtype", given["dtype"], "inexact")
+        checks.dtype("MultiHeadAttention", "param_dtype", given["param_dtype"], "inexact", optional=False)
+        features = given["in_features"] if given["qkv_features"] is None else given["qkv_features"]
+        for what in ("num_heads", "num_kv_heads"):
+            whole = features if what == "num_heads" else given["num_heads"]
+            if given[what] is not None and whole % given[what]:
+                raise ValueError(
+                    f"MultiHeadAttention: {what} is {given[what]}, but must divide {whole}, the {'features' if what == 'num_heads' else 'num_heads'}"
+                )
+        super().__init__(**given)
 
     def __call__(self, *args: Any, decode: bool | None = None, is_causal: bool = False, **options: Any) -> jax.Array:
         decoding = self.decode if decode is None else decode  # then the cache hides what is to come, and its first key stands for the one query
@@ -55,7 +77,7 @@ def attend(
     **others: Any,
 ) -> jax.Array:
     """`flax.nnx.dot_product_attention` by `layers.dot_product_attention`: an `attention_fn` for Flax's modules."""
-    if module is not None or (precision is not None and dropout_rate > 0) or products_are_patched():
+    if module is not None or (precision is not None and dropout_rate > 0):
         return nnx.dot_product_attention(
             query,
             key,

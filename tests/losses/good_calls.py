@@ -1,0 +1,64 @@
+"""Good calls of the losses, for `tests/test_bad_input.py`."""
+
+import jax
+import jax.numpy as jnp
+
+LABELS = jnp.array([2, 6, -100, 0, 1])
+
+
+def normal(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _options(**more):
+    return {"ignore_index": -100, "logit_soft_cap": 3.0, "block_size": 2} | more
+
+
+def _cross_entropy():
+    return _options(
+        labels=LABELS,
+        label_smoothing=0.1,
+        z_loss=0.1,
+        class_weights=jnp.array([0.5, 2.0, 1.0, 0.3, 3.0, 1.5, 0.7]),
+        where=jnp.array([1.0, 0.5, 1.0, 2.0, 3.0]),
+        reduction="mean",
+        return_logsumexp=False,
+        return_accuracy=False,
+        return_entropy=True,
+    )
+
+
+def _heads():
+    student = {"student_x": normal(5, 3), "student_kernel": normal(3, 7, seed=1), "student_bias": normal(7, seed=2)}
+    teacher = {"teacher_x": normal(5, 2, seed=3), "teacher_kernel": normal(2, 7, seed=4), "teacher_bias": normal(7, seed=5)}
+    return student | teacher | {"mask": LABELS != -100, "where": jnp.array([1.0, 0.5, 1.0, 2.0, 3.0]), "temperature": 2.0, "reduction": "mean"}
+
+
+def _pairs():
+    pairs = {"chosen_x": normal(2, 3, 4), "rejected_x": normal(2, 5, 4, seed=1), "kernel": normal(4, 7, seed=2), "bias": normal(7, seed=3)}
+    labels = {"chosen_labels": jnp.array([[1, 2, 6], [0, 0, 3]]), "rejected_labels": jnp.array([[1, 2, 6, 0, -100], [0, 0, 3, 4, 5]])}
+    return pairs | labels | _options(loss_type="sigmoid", beta=0.3, label_smoothing=0.1, reduction="mean", return_rewards=False)
+
+
+CALLS = {
+    "linear_cross_entropy": lambda: {"x": normal(5, 3), "kernel": normal(3, 7, seed=1), "bias": normal(7, seed=2)} | _cross_entropy(),
+    "softmax_cross_entropy": lambda: {"logits": normal(5, 7)} | _cross_entropy(),
+    "linear_jsd": lambda: _heads() | {"beta": 0.3, "block_size": 2},
+    "linear_kl_divergence": lambda: _heads() | {"block_size": 2},
+    "linear_log_prob": lambda: (
+        _options(x=normal(5, 3), kernel=normal(3, 7, seed=1), ids=LABELS, bias=normal(7, seed=2), temperature=2.0)
+        | {"return_logsumexp": False, "return_entropy": True, "return_rank": True}
+    ),
+    "linear_dpo": [
+        lambda: (
+            _pairs()
+            | {"reference_chosen_x": normal(2, 3, 2, seed=4), "reference_rejected_x": normal(2, 5, 2, seed=5)}
+            | {"reference_kernel": normal(2, 7, seed=6), "reference_bias": normal(7, seed=7)}
+        ),
+        lambda: (
+            _pairs()
+            | {"loss_type": "cpo", "average_log_prob": True, "cpo_alpha": 0.5, "simpo_gamma": 0.5, "where": jnp.array([1.0, 2.0])}
+            | {"chosen_where": jnp.array([[1.0, 2.0, 0.5], [1.0, 0.0, 1.0]])}
+        ),
+    ],
+}
