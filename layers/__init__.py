@@ -1,5 +1,10 @@
 """Layers for JAX whose gradient is written by hand."""
 
+import importlib as _importlib
+import importlib.util as _util
+import pkgutil as _pkgutil
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from layers.activations.geglu import geglu as geglu
 from layers.activations.gelu import gelu as gelu
 from layers.activations.mish import mish as mish
@@ -18,6 +23,8 @@ from layers.check.gradcheck import GradcheckError as GradcheckError
 from layers.check.gradcheck import gradcheck as gradcheck
 from layers.check.gradcheck import gradgradcheck as gradgradcheck
 from layers.check.residuals import residuals as residuals
+from layers.core.custom_vjp import custom_vjp as custom_vjp
+from layers.core.custom_vjp import from_custom_vjp as from_custom_vjp
 from layers.core.function import Function as Function
 from layers.core.function import forward_mode as forward_mode
 from layers.core.function import once_differentiable as once_differentiable
@@ -97,3 +104,17 @@ from layers.surgery.scale_gradient import scale_gradient as scale_gradient
 from layers.surgery.straight_through import straight_through as straight_through
 from layers.swap import SwapReport as SwapReport
 from layers.swap import swap as swap
+
+if _TYPE_CHECKING:
+    from layers import linen as linen
+
+
+def __getattr__(name: str):
+    """Imports a part of the library that is not needed by the rest, such as `layers.linen`, where it is first used."""
+    if name.startswith("_") or _util.find_spec(f"layers.{name}") is None:
+        raise AttributeError(f"module 'layers' has no attribute '{name}'")
+    return _importlib.import_module(f"layers.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(module.name for module in _pkgutil.iter_modules(__path__))})

@@ -46,6 +46,14 @@ def infinite_in_half(ctx, dy):
 FAULTS = {
     "wrong gradient": (planted(lambda ctx, dy: (dy * ctx.saved_tensors[1], 2 * dy * ctx.saved_tensors[0])), "gradient"),
     "not linear": (planted(lambda ctx, dy: (dy * ctx.saved_tensors[1], jnp.abs(dy) * ctx.saved_tensors[0])), "linear in the gradient"),
+    "depends on the size": (
+        planted(lambda ctx, dy: (dy * jnp.abs(dy) / jnp.maximum(jnp.linalg.norm(dy), 1e-30) * ctx.saved_tensors[1], dy * ctx.saved_tensors[0])),
+        "linear in the gradient",
+    ),
+    "depends on the sign": (
+        planted(lambda ctx, dy: (((ctx.saved_tensors[0] > 0) | (dy < 0)) * dy * ctx.saved_tensors[1], dy * ctx.saved_tensors[0])),
+        "linear in the gradient",
+    ),
     "wrong for one argument alone": (planted(only_when_both), "each argument alone"),
     "leaks": (planted(leaking), "no leak"),
     "infinite in half precision": (planted(infinite_in_half), "dtypes"),

@@ -192,12 +192,14 @@ def _gradient_is_right(s: _Subject) -> str:
 
 
 def _linear(s: _Subject) -> None:
-    def pulled(factor: Any) -> Any:
-        outputs, pull = jax.vjp(s.outputs, *s.moving)
-        return pull([(factor * _weights(y)).astype(y.dtype) for y in outputs])
-
-    once, other = (jax.jit(pulled)(jnp.float32(factor)) for factor in (1, -2))
-    _same(other, [-2 * np.asarray(g) for g in once])
+    """Gradients of both signs and of several sizes; the clause "gradient" compares them with the Jacobian."""
+    pull = jax.jit(lambda *cotangents: jax.vjp(s.outputs, *s.moving)[1](list(cotangents)))
+    weights = [_weights(y) for y in jax.eval_shape(s.outputs, *s.moving)]
+    others = [np.roll(np.ravel(w), 1).reshape(w.shape)[::-1] if w.ndim else w for w in weights]
+    once, other = pull(*weights), pull(*others)
+    for factor in (-1, 1024, -1 / 1024):
+        _same([np.asarray(g) / factor for g in pull(*[(factor * w).astype(w.dtype) for w in weights])], once)
+    _same(pull(*[a + b for a, b in zip(weights, others, strict=True)]), [np.asarray(a) + np.asarray(b) for a, b in zip(once, other, strict=True)])
 
 
 def _jit(s: _Subject) -> None:

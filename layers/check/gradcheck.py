@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.check.hints import likely_mistake
+from layers.check.options import argument_places, require_number
 from layers.core.context import is_array
 from layers.core.function import Function
 from layers.core.trees import is_inexact
@@ -35,12 +36,13 @@ class GradcheckError(RuntimeError):
 class _Problem:
     """`fn` as a function of its floating-point arrays alone, as lists of flat real vectors."""
 
-    def __init__(self, fn: Any, args: tuple[Any, ...], argnums: Sequence[int] | None):
+    def __init__(self, fn: Any, args: tuple[Any, ...], argnums: Any):
         self.fn: Fn = fn.apply if isinstance(fn, type) and issubclass(fn, Function) else fn
         self.leaves, self.tree = jax.tree.flatten(args)
         paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(args)]
         of_argument = [i for i, a in enumerate(args) for _ in jax.tree.leaves(a)]
-        self.places = [i for i, x in enumerate(self.leaves) if has_gradient(x) and (argnums is None or of_argument[i] in argnums)]
+        chosen = argument_places("gradcheck: argnums", argnums, len(args))
+        self.places = [i for i, x in enumerate(self.leaves) if has_gradient(x) and of_argument[i] in chosen]
         if not self.places:
             raise ValueError("gradcheck: no argument is a floating-point or complex array, so there is nothing to check")
         narrow = [paths[i] for i in self.places if jnp.finfo(self.leaves[i].dtype).bits < 64]
@@ -50,11 +52,13 @@ class _Problem:
         self.inputs = [_widened(self.leaves[i]) for i in self.places]
 
     def outputs(self, *inputs: Any) -> list[Any]:
+        return [y for y in self.results(*inputs) if has_gradient(y)]
+
+    def results(self, *inputs: Any) -> list[Any]:
         now = [_widened(x) if has_gradient(x) else x for x in self.leaves]
         for i, x in zip(self.places, inputs, strict=True):
             now[i] = x
-        out = jax.tree.leaves(self.fn(*self.tree.unflatten(now)))
-        return [y for y in out if has_gradient(y)]
+        return jax.tree.leaves(self.fn(*self.tree.unflatten(now)))
 
 
 def gradcheck(
@@ -72,7 +76,7 @@ def gradcheck(
     check_forward_ad: bool = False,
     check_backward_ad: bool = True,
     fast_mode: bool = False,
-    argnums: Sequence[int] | None = None,
+    argnums: int | Sequence[int] | None = None,
 ) -> bool:
     """Compares the gradient of `fn` at `args` with finite differences, in float64.
 
@@ -89,16 +93,18 @@ def gradcheck(
         check_batched_grad: the backward pass under `vmap` gives what it gives for each.
         check_forward_ad, check_backward_ad: which modes are compared with finite differences.
         fast_mode: a few random projections of the Jacobian in place of all entries: faster, and blind to some single wrong entries.
-        argnums: the arguments to differentiate, all by default.
+        argnums: the arguments to differentiate by their place, negative ones from the end; all by default.
 
     Returns:
         True; or False where it fails and `raise_exception` is not set.
 
     Raises:
         GradcheckError: it says which input and output, the worst entry, both values and the likely mistake.
-        ValueError: where there is nothing to check.
+        ValueError: where there is nothing to check, or an option is out of its range; TypeError: for an option of another type.
     """
     args = args if isinstance(args, tuple) else (args,)
+    for name, value in (("eps", eps), ("atol", atol), ("rtol", rtol), ("nondet_tol", nondet_tol)):
+        require_number(f"gradcheck: {name}", value, positive=name == "eps")
     if not (check_forward_ad or check_backward_ad):
         raise ValueError("gradcheck: at least one of check_forward_ad and check_backward_ad must be set")
     with jax.enable_x64(True):
@@ -129,6 +135,7 @@ def gradgradcheck(fn: Any, args: Any, grad_outputs: Any = None, **options: Any) 
     args = args if isinstance(args, tuple) else (args,)
     with jax.enable_x64(True):
         problem = _Problem(fn, args, options.pop("argnums", None))
+        _require_result(jax.eval_shape(problem.results, *problem.inputs))
         shapes = jax.eval_shape(problem.outputs, *problem.inputs)
         grads = [_draw(i, y.shape, y.dtype) for i, y in enumerate(shapes)] if grad_outputs is None else list(grad_outputs)
 
@@ -138,8 +145,16 @@ def gradgradcheck(fn: Any, args: Any, grad_outputs: Any = None, **options: Any) 
         return gradcheck(gradient, (problem.inputs, grads), **options)
 
 
+def _require_result(results: Sequence[Any]) -> None:
+    if not any(np.size(y) for y in results):
+        what = "an empty array" if results else "no array: does it `return` its result?"
+        raise ValueError(f"gradcheck: there is nothing to check, since fn returns {what}")
+
+
 def _check(p: _Problem, o: dict[str, Any]) -> None:
-    outputs = p.outputs(*p.inputs)
+    results = p.results(*p.inputs)
+    _require_result(results)
+    outputs = [y for y in results if has_gradient(y)]
     again = p.outputs(*p.inputs)
     if any(not np.array_equal(a, b, equal_nan=True) for a, b in zip(outputs, again, strict=True)):
         raise GradcheckError("the function gives other values each time it is called with the same arguments")
@@ -151,7 +166,10 @@ def _check(p: _Problem, o: dict[str, Any]) -> None:
     directions = _directions(p, outputs) if o["fast_mode"] else None
     numerical = _numerical(p, outputs, o["eps"], directions)
     if o["check_backward_ad"]:
-        _compare_all(p, "backward", outputs, _analytical(p, outputs, pull, directions), numerical, o)
+        jacobian = _analytical(p, outputs, pull, directions)
+        _compare_all(p, "backward", outputs, jacobian, numerical, o)
+        if directions is None:
+            _check_against(p, outputs, pull, jacobian, o)
     if o["check_forward_ad"]:
         _compare_all(p, "forward", outputs, _forward(p, outputs, directions), numerical, o)
 
@@ -170,9 +188,7 @@ def _check_promises(p: _Problem, outputs: list[Any], pull: Fn, o: dict[str, Any]
     for name, g in zip(p.names, pull([jnp.zeros_like(y) for y in outputs]), strict=True):
         if np.any(np.asarray(g) != 0):
             raise GradcheckError(f"backward is not multiplied by the gradient of the output: {name} gets a gradient for zero gradients")
-    for name, a, b in zip(p.names, first, pull([2 * c for c in cotangents]), strict=True):
-        if not np.allclose(2 * a, b, rtol=1e-6, atol=1e-9):
-            raise GradcheckError(f"backward is not linear in the gradient of the output: twice that gives not twice the gradient of {name}")
+    _check_linear(p, pull, cotangents, first, o)
     if o["check_undefined_grad"]:
         _check_each_output_alone(p, cotangents, first)
     if o["check_batched_grad"]:
@@ -180,6 +196,45 @@ def _check_promises(p: _Problem, outputs: list[Any], pull: Fn, o: dict[str, Any]
         for name, a, b in zip(p.names, first, jax.vmap(pull)(stacked), strict=True):
             if not np.allclose(jnp.stack([a, -2 * a]), b, rtol=1e-6, atol=1e-9):
                 raise GradcheckError(f"backward under vmap gives another gradient of {name}")
+
+
+def _check_linear(p: _Problem, pull: Fn, cotangents: list[Any], first: Sequence[Any], o: dict[str, Any]) -> None:
+    """Gradients of either sign and of several sizes, and the sum of two, in float64."""
+    others = [_draw(50 + i, c.shape, c.dtype) for i, c in enumerate(cotangents)]
+    cases = [(f"{factor:g} times that gives not {factor:g} times", factor, [factor * a for a in first]) for factor in (2, *FACTORS)]
+    given = [pull([factor * c for c in cotangents]) for _, factor, _ in cases]
+    cases.append(("the sum of two gives not the sum of", 1, [a + b for a, b in zip(first, pull(others), strict=True)]))
+    given.append(pull([a + b for a, b in zip(cotangents, others, strict=True)]))
+    for (what, size, expected), grads in zip(cases, given, strict=True):
+        for name, a, b in zip(p.names, expected, grads, strict=True):
+            if not _near(b, a, abs(size), o):
+                raise GradcheckError(f"backward is not linear in the gradient of the output: {what} the gradient of {name}")
+
+
+FACTORS = (-1, 1000, -0.001)
+"""What a gradient is multiplied by, to see whether its own gradient is."""
+
+
+def _near(a: Any, b: Any, size: float, o: dict[str, Any]) -> bool:
+    """Whether two gradients agree within the tolerances, where the gradient of the output is about `size`."""
+    a, b = np.asarray(a), np.asarray(b)
+    scale = np.max(np.abs(b), initial=0)
+    return bool((np.abs(a - b) <= size * o["atol"] + o["rtol"] * scale).all())
+
+
+def _check_against(p: _Problem, outputs: list[Any], pull: Fn, jacobian: np.ndarray, o: dict[str, Any]) -> None:
+    """Random gradients of both signs and of several sizes, against the product with the Jacobian, whose rows are gradients of single entries."""
+    for k, factor in enumerate((1, *FACTORS)):
+        row = factor * np.asarray(_draw(60 + k, (len(jacobian),), jnp.float64))
+        given = _row(p, outputs, pull)(jnp.asarray(row))
+        ends = np.cumsum(list(map(_width, p.inputs)))[:-1]
+        for name, a, b in zip(p.names, np.split(np.asarray(given), ends), np.split(row @ jacobian, ends), strict=True):
+            if not _near(a, b, abs(factor), o):
+                worst = np.max(np.abs(a - b))
+                raise GradcheckError(
+                    "backward is not linear in the gradient of the output: for random gradients "
+                    f"of size {abs(factor):g} that of {name} is not their product with the Jacobian: they differ by {worst:.3g}"
+                )
 
 
 def _check_each_output_alone(p: _Problem, cotangents: list[Any], whole: Sequence[Any]) -> None:
@@ -312,11 +367,13 @@ def _by_columns(p: _Problem, column: Fn, outputs: list[Any], directions: Any) ->
     return left @ _for_each(column, right, left.shape[1]).T
 
 
-def _analytical(p: _Problem, outputs: list[Any], pull: Fn, directions: Any) -> np.ndarray:
-    def row(v: Any) -> Any:
-        return _vector([jnp.conj(g) for g in pull([c.conj() for c in _arrays(v, outputs)])])
+def _row(p: _Problem, outputs: list[Any], pull: Fn) -> Fn:
+    """The product of a vector and the Jacobian, from the backward rule."""
+    return lambda v: _vector([jnp.conj(g) for g in pull([c.conj() for c in _arrays(v, outputs)])])
 
-    width = sum(map(_width, p.inputs))
+
+def _analytical(p: _Problem, outputs: list[Any], pull: Fn, directions: Any) -> np.ndarray:
+    row, width = _row(p, outputs, pull), sum(map(_width, p.inputs))
     if directions is None:
         return _for_each(row, np.eye(sum(map(_width, outputs))), width)
     left, right = directions

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from layers.check.audit import Residual, Residuals
+from layers.check.options import argument_places
 from layers.check.producers import Producer, clean_scope, find_producer
 from layers.check.scopes import module_scopes
 from layers.core import compat
@@ -44,7 +45,7 @@ def residuals(fn: Callable[..., Any], *args: Any, wrt: int | Sequence[int] | Non
     if isinstance(fn, nnx.Module):
         fn, args = (lambda module, *a: module(*a)), (fn, *args)
     leaves, tree = jax.tree.flatten(args)
-    chosen = _places(wrt, len(args))
+    chosen = argument_places("residuals: wrt", wrt, len(args))
     of_argument = [i for i, a in enumerate(args) for _ in jax.tree.leaves(a)]
     moving = [i for i, x in enumerate(leaves) if of_argument[i] in chosen and jnp.issubdtype(jnp.result_type(x), np.inexact)]
     if not moving:
@@ -80,15 +81,6 @@ def residuals(fn: Callable[..., Any], *args: Any, wrt: int | Sequence[int] | Non
         return None if changed is None else residuals(changed[0], *changed[1], wrt=wrt)
 
     return Residuals(_rows(jaxpr, kept, used, names), title, again, of_way)
-
-
-def _places(wrt: Any, count: int) -> list[int]:
-    """The places of the arguments to differentiate, counted from the front."""
-    places = list(range(count) if wrt is None else (wrt,) if isinstance(wrt, (int, np.integer)) else wrt)
-    for i in places:
-        if not -count <= i < count:
-            raise ValueError(f"residuals: wrt names argument {i}, but there are {count}: it must lie from {-count} to {count - 1}")
-    return [int(i) % count for i in places]
 
 
 def _cotangent(out: Any) -> Any:

@@ -8,10 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from layers.core.closures import hoist
-from layers.core.context import is_array
-from layers.core.cotangents import NOT_AN_ARRAY
+from layers.core import compat
+from layers.core.closures import hoist, is_iterator
+from layers.core.context import is_array, is_number
+from layers.core.cotangents import CONSTANT, NOT_AN_ARRAY
+from layers.core.structure import Skeleton, make_with_gaps
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,25 @@ class Template:
     def fill(self, arrays: Sequence[Any]) -> Any:
         return self.tree.unflatten([x.fill(arrays) if isinstance(x, _Place) else x for x in self.leaves])
 
-    def marks(self) -> Any:
-        """The structure with places for arrays and `NOT_AN_ARRAY` for the rest."""
-        return self.tree.unflatten([x.start if isinstance(x, ArrayPlace) else NOT_AN_ARRAY for x in self.leaves])
+    def children(self) -> list[Template]:
+        """A template for each part of a node."""
+        return [Template(part.tree, part.marks) for part in Skeleton(self.tree, self.leaves).children()]
+
+    def skeleton(self) -> Skeleton:
+        """The structure, marked with the places of arrays, `CONSTANT` and `NOT_AN_ARRAY`."""
+        return Skeleton(self.tree, tuple(x.start if isinstance(x, ArrayPlace) else _mark(x) for x in self.leaves))
+
+    def fill_with_gaps(self, arrays: Sequence[Any], avals: Sequence[Any]) -> Any:
+        """The structure of `arrays`, some of them None, and None for what is no array; where a class refuses None, zeros and what stands there."""
+        given = [arrays[x.start] if isinstance(x, ArrayPlace) else None for x in self.leaves]
+        if all(x is not None for x in given):
+            return self.tree.unflatten(given)
+        stand_ins = [compat.zeros(avals[x.start]) if isinstance(x, ArrayPlace) and g is None else x for x, g in zip(self.leaves, given, strict=True)]
+        return make_with_gaps(self.tree, given, stand_ins)
+
+
+def _mark(leaf: Any) -> Any:
+    return CONSTANT if is_number(leaf) or is_array(leaf) else NOT_AN_ARRAY
 
 
 class _Place:
@@ -54,12 +73,22 @@ class CallablePlace(_Place):
         return self.rebuild(list(arrays[self.start : self.stop]))
 
 
-def take_apart(name: str, what: str, value: Any, arrays: list[Any]) -> Template:
-    """Moves the arrays of a pytree to the end of `arrays`; what remains is static."""
-    leaves, tree = jax.tree.flatten(value)
+def take_apart(name: str, what: str, value: Any, arrays: list[Any], constants: list[Any] | None = None) -> Template:
+    """Moves the arrays of a pytree to the end of `arrays`; what remains is static.
+
+    So are the arrays among `constants`, where that is given, and NumPy's of booleans and integers, which it gets as arrays of JAX: such a mask or
+    index is known while a program is traced, as it is without a `Function`.
+    """
+    leaves, tree = jax.tree.flatten(value, is_leaf=is_iterator)
     kept: list[Any] = []
     for leaf in leaves:
-        if is_array(leaf):
+        if constants is not None and isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind in "biu":
+            with jax.ensure_compile_time_eval():
+                leaf = jnp.asarray(leaf)
+            constants.append(leaf)
+        if constants and any(leaf is c for c in constants):
+            kept.append(leaf)
+        elif is_array(leaf):
             kept.append(ArrayPlace(len(arrays)))
             arrays.append(leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf))
         elif isinstance(leaf, (bool, int, float, complex, str, bytes)):

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.core.arguments import take_apart
+from layers.core.arguments import ArrayPlace, take_apart
+from layers.core.structure import Skeleton
 
 
 class VmapInfo(NamedTuple):
@@ -34,13 +35,14 @@ def forward_with_vmap(cls: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
 
     def batched(size: int, in_batched: list[bool], *arrays: Any) -> tuple[list[Any], list[bool]]:
         args, kwargs = template.fill(arrays)
-        in_dims, _ = template.fill([0 if b else None for b in in_batched])
+        by_array = [0 if b else None for b in in_batched]
+        in_dims = _dims(Skeleton(template.tree, tuple(by_array[x.start] if isinstance(x, ArrayPlace) else None for x in template.leaves)))[0]
         given = cls.vmap(VmapInfo(size), tuple(in_dims), *args, **kwargs)
         if not isinstance(given, tuple) or len(given) != 2:
             raise TypeError(f"{cls.__name__}.vmap must return (output, out_dims), but returned {type(given).__name__}")
         output, out_dims = given
         outputs = take_output(output)
-        dims = jax.tree.leaves(_spread(cls.__name__, out_dims, output), is_leaf=lambda d: d is None)
+        dims = _spread(cls.__name__, out_dims, output)
         outputs = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(outputs, dims, strict=True)]
         return outputs, [d is not None for d in dims]
 
@@ -52,9 +54,20 @@ def forward_with_vmap(cls: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     return filled[0](outputs)
 
 
-def _spread(name: str, dims: Any, output: Any) -> Any:
-    """One batch axis for each array of the output, from a prefix of its structure."""
+def _dims(marked: Skeleton) -> Any:
+    """The batch axes of an argument in its structure, one for all of an object of a class that might convert them."""
+    kind = marked.kind
+    if kind in (tuple, list):
+        return kind(map(_dims, marked.children()))
+    if kind is dict:
+        return dict(zip(marked.keys(), map(_dims, marked.children()), strict=True))
+    return marked.marks[0] if len(set(marked.marks)) == 1 else marked.tree.unflatten(marked.marks)
+
+
+def _spread(name: str, dims: Any, output: Any) -> list[Any]:
+    """One batch axis for each leaf of the output, from a prefix of its structure."""
     try:
-        return jax.tree.map(lambda d, part: jax.tree.map(lambda _: d, part), dims, output, is_leaf=lambda d: d is None)
+        given, tree = jax.tree.flatten(dims, is_leaf=lambda d: d is None)
+        return [d for d, part in zip(given, tree.flatten_up_to(output), strict=True) for _ in jax.tree.leaves(part)]
     except ValueError:
         raise TypeError(f"{name}.vmap returned out_dims={dims}, which does not have the structure of its output") from None

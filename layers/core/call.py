@@ -12,7 +12,8 @@ import jax
 from layers.core.arguments import ArrayPlace, CallablePlace, Template, take_apart
 from layers.core.batching import forward_with_vmap
 from layers.core.context import Context, is_array
-from layers.core.cotangents import NOT_AN_ARRAY, Argument
+from layers.core.cotangents import Argument
+from layers.core.structure import Skeleton
 
 
 @functools.lru_cache(maxsize=512)
@@ -32,6 +33,7 @@ class Call:
     Attributes:
         arguments: one entry an argument, for the gradients.
         hoisted: the places of arrays that were taken from the closure of a function, and the name of the argument that this is.
+        constants: NumPy's arrays of booleans and integers, as arrays of JAX that are not traced.
     """
 
     @staticmethod
@@ -46,8 +48,9 @@ class Call:
         self.arguments: list[Argument] = []
         self.templates: list[Template] = []
         self.hoisted: dict[int, str] = {}
+        self.constants: list[Any] = []
         split = cls._is_split()
-        positional, keywords, names = _bind(self.name, *_parameters(cls.forward, 0 if split else 1), args, kwargs, fill=split)
+        positional, keywords, names = _bind(cls, *_parameters(cls.forward, 0 if split else 1), args, kwargs, fill=split)
         self.positional_count = len(positional)
         self.keywords = tuple(keywords)
         for i, (name, value) in enumerate(zip(names, (*positional, *keywords.values()), strict=True)):
@@ -58,16 +61,16 @@ class Call:
             value = value.__jax_array__()
         if isinstance(value, jax.Array):
             self.templates.append(Template(_LEAF, (ArrayPlace(len(arrays)),)))
-            self.arguments.append(Argument(name, len(arrays), (len(arrays),), required))
+            self.arguments.append(Argument(name, Skeleton(_LEAF, (len(arrays),)), (len(arrays),), required))
             arrays.append(value)
             return
-        template = take_apart(self.name, f"argument '{name}'", value, arrays)
+        template = take_apart(self.name, f"argument '{name}'", value, arrays, self.constants)
         places = tuple(x.start for x in template.leaves if isinstance(x, ArrayPlace))
         for x in template.leaves:
             if isinstance(x, CallablePlace):
                 self.hoisted |= dict.fromkeys(range(x.start, x.stop), name)
         self.templates.append(template)
-        self.arguments.append(Argument(name, template.marks() if places else NOT_AN_ARRAY, places, required))
+        self.arguments.append(Argument(name, template.skeleton(), places, required))
 
     def values(self, arrays: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments of `forward` with these arrays in them."""
@@ -87,6 +90,7 @@ class Call:
                     "cannot return a gradient for it. Pass that array to apply as an argument of its own."
                 )
         ctx = Context(self.name, self.needs(moving))
+        ctx._engine.flags = tuple(isinstance(x, ArrayPlace) and moving[x.start] for t in self.templates for x in t.leaves)
         args, kwargs = self.values(arrays)
         with jax.named_scope(self.name):
             if not self.cls._is_split():
@@ -99,16 +103,25 @@ class Call:
 _LEAF = jax.tree.structure(0)
 
 
+def _where_is_ctx(cls: Any) -> str:
+    """What may be wrong with `forward` where arguments do not fit it."""
+    first = next(iter(inspect.signature(cls.forward).parameters), "ctx")
+    if cls._is_split() or first == "ctx":
+        return ""
+    return f" after its first parameter, '{first}', which is the context: is `ctx` missing, forward(ctx, {first}, ...)?"
+
+
 def _bind(
-    name: str, signature: inspect.Signature, positional: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, fill: bool
+    cls: Any, signature: inspect.Signature, positional: list[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, fill: bool
 ) -> tuple[list[Any], dict[str, Any], list[str]]:
     """Positional values, keyword-only values and the names of both, as `forward` will get them."""
+    name = cls.__name__
     if positional is not None and not kwargs and len(args) == len(positional):
         return list(args), {}, positional
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise TypeError(f"{name}.apply: {error}; forward takes {signature}") from None
+        raise TypeError(f"{name}.apply: {error}; forward takes {signature}{_where_is_ctx(cls)}") from None
     by_name = [k for k in kwargs if k in signature.parameters and signature.parameters[k].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     if fill or len(bound.args) < len(args) + len(by_name):
         bound.apply_defaults()

@@ -5,8 +5,11 @@ A rule that calls such a function after the trace that made the arrays has ended
 
 from __future__ import annotations
 
+import collections
 import functools
+import gc
 import types
+from collections import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +17,19 @@ import jax
 
 from layers.core import compat
 
+
+def is_iterator(x: Any) -> bool:
+    """Whether `x` gives its content only once: a leaf of pytrees."""
+    return isinstance(x, abc.Iterator)
+
+
 Rebuild = Callable[[list[Any]], Any]
 
 
 def traced_names(fn: Any) -> list[str]:
     """The names of the variables in the closure of `fn` that hold traced arrays, themselves or in the closure of a function."""
+    if isinstance(fn, functools.partial):
+        return [*traced_names(fn.func), *(["an argument of a partial"] if _has_tracer((fn.args, fn.keywords), {id(fn)}) else [])]
     fn = getattr(fn, "__func__", fn)
     cells = getattr(fn, "__closure__", None)
     return [name for name, cell in zip(fn.__code__.co_freevars, cells, strict=True) if _has_tracer(_content(cell), {id(fn)})] if cells else []
@@ -56,7 +67,7 @@ def _hoist(fn: Any, where: str, above: tuple[Any, ...], cycles: list[Any]) -> tu
     if make is None:
         _refuse_hidden_tracers(fn, where)
         return [], lambda _: fn
-    leaves, tree = jax.tree.flatten(parts)
+    leaves, tree = jax.tree.flatten(parts, is_leaf=is_iterator)
     arrays: list[Any] = []
     rebuilders: list[tuple[int, int, Rebuild]] = []
     for leaf in leaves:
@@ -90,15 +101,32 @@ def _remake(code: types.CodeType, names: dict[str, Any], name: str, attributes: 
     return made
 
 
-def _refuse_hidden_tracers(x: Any, where: str) -> None:
+def _refuse_hidden_tracers(x: Any, where: str, above: tuple[Any, ...] = ()) -> None:
     """Raises where an object that JAX cannot look into holds a traced array, which would leak."""
     advice = "which JAX cannot see there. Pass (or keep) the array itself, or register the class as a pytree."
     wrapped = getattr(x, "__wrapped__", None)
     for name in traced_names(wrapped) if callable(wrapped) else ():
         raise TypeError(f"{where} is a {type(x).__name__} that holds a traced array in its closure, `{name}`, {advice}")
+    for value in _held(x):
+        if _has_tracer(value, set()):
+            raise TypeError(f"{where} is a {type(x).__name__} that holds a traced array, {advice}")
+        for leaf in jax.tree.leaves(value, is_leaf=is_iterator):
+            if not any(leaf is a for a in (x, *above)):
+                _refuse_hidden_tracers(leaf, where, (x, *above))
     for key, value in getattr(x, "__dict__", {}).items():
-        if any(isinstance(leaf, compat.Tracer) for leaf in jax.tree.leaves(value)):
+        if any(isinstance(leaf, compat.Tracer) for leaf in jax.tree.leaves(value, is_leaf=is_iterator)):
             raise TypeError(f"{where} is a {type(x).__name__} that holds a traced array in `.{key}`, {advice}")
+
+
+def _held(x: Any) -> list[Any]:
+    """What a container or iterator that is no pytree holds."""
+    if isinstance(x, types.GeneratorType):
+        return [] if x.gi_frame is None else list(x.gi_frame.f_locals.values())
+    if isinstance(x, abc.Mapping):
+        return list(x.values())
+    if isinstance(x, (abc.Set, abc.ValuesView, collections.deque)):
+        return list(x)
+    return [y for y in gc.get_referents(x) if not isinstance(y, type)] if isinstance(x, abc.Iterator) else []
 
 
 class _Empty:
@@ -116,7 +144,7 @@ def _content(cell: Any) -> Any:
 
 
 def _has_tracer(x: Any, seen: set[int]) -> bool:
-    for leaf in jax.tree.leaves(x):
+    for leaf in jax.tree.leaves(x, is_leaf=is_iterator):
         if isinstance(leaf, compat.Tracer):
             return True
         parts, make = parts_of(leaf)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax._src import source_info_util
 from jax._src.core import set_current_trace, take_current_trace, unmapped_aval
@@ -43,6 +44,7 @@ __all__ = [
     "vary_like",
     "varying_axes",
     "with_leading_axis",
+    "zero_tangent",
     "zeros",
 ]
 
@@ -89,6 +91,11 @@ def is_explicit(aval: Any) -> bool:
 def zeros(aval: Any) -> jax.Array:
     """Zeros of the shape, dtype and placement of `aval`."""
     return match_placement(jnp.zeros(aval.shape, aval.dtype), aval)
+
+
+def zero_tangent(aval: Any) -> Any:
+    """Zeros of a tangent type: of NumPy for `float0`, the tangents of integers."""
+    return np.zeros(aval.shape, jax.dtypes.float0) if aval.dtype == jax.dtypes.float0 else zeros(aval)
 
 
 def on_first_device(x: jax.Array, axes: Sequence[str]) -> jax.Array:

@@ -17,6 +17,11 @@ def is_array(x: Any) -> bool:
     return isinstance(x, (compat.Tracer, np.ndarray, np.generic, jax.Array))
 
 
+def is_number(x: Any) -> bool:
+    """Whether `x` is a Python number, which is as good as an array; a bool is an option."""
+    return isinstance(x, (int, float, complex)) and not isinstance(x, bool)
+
+
 class Context:
     """The first argument of `forward`, `setup_context`, `backward` and `jvp`: `torch`'s `ctx`.
 
@@ -41,7 +46,7 @@ class Context:
         raise AttributeError(f"{self.__dict__['_engine'].name}: ctx has no attribute '{key}': set it in forward, ctx.{key} = ...")
 
     def save_for_backward(self, *tensors: Any) -> None:
-        """Keeps arrays, pytrees of arrays or `None` for `backward`. To be called once.
+        """Keeps arrays, numbers, pytrees of them or `None` for `backward`. To be called once.
 
         Raises:
             TypeError: for anything that is not an array; such a value is kept as an attribute, `ctx.name = value`.
@@ -104,18 +109,19 @@ class _Engine:
         self.materialize = True
         self.readable = False
         self.in_jvp = False
+        self.flags: tuple[bool, ...] = ()
 
     def keep(self, method: str, before: tuple[Any, ...] | None, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         if before is not None:
             raise RuntimeError(f"{self.name}: ctx.{method} is called twice; pass everything to one call")
         for i, x in enumerate(tensors):
             for leaf in jax.tree.leaves(x):
-                if not is_array(leaf):
+                if not (is_array(leaf) or is_number(leaf)):
                     raise TypeError(
                         f"{self.name}: {method} can only save arrays, but argument {i} is of type {type(leaf).__name__}; "
                         "keep it as an attribute instead, ctx.name = value"
                     )
-        return jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, (np.ndarray, np.generic)) else x, tensors)
+        return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), tensors)
 
 
 def state_of(ctx: Context) -> tuple[Any, ...]:

@@ -11,9 +11,13 @@ import jax.numpy as jnp
 
 from layers.core import compat
 from layers.core.context import is_array
+from layers.core.structure import Skeleton
 
 NOT_AN_ARRAY = object()
-"""Stands, in the structure of an argument, for a leaf that is no array."""
+"""Stands, in the structure of an argument, for a leaf that is no array and no number."""
+
+CONSTANT = object()
+"""Stands, in the structure of an argument, for a leaf without a cotangent whose gradient may be returned, and is dropped: a number, a NumPy mask."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,13 @@ class Argument:
 
     Attributes:
         name: the parameter of `forward` that it is bound to.
-        tree: its value with each array replaced by its place among the arrays of the call, anything else by `NOT_AN_ARRAY`.
-        places: the places that occur in `tree`.
+        tree: its structure, marked with the place of each array among those of the call, anything else with `CONSTANT` or `NOT_AN_ARRAY`.
+        places: the places that occur there.
         required: whether a gradient (or None) has to be returned for it; False for keyword-only arguments.
     """
 
     name: str
-    tree: Any
+    tree: Skeleton
     places: tuple[int, ...]
     required: bool = True
 
@@ -51,14 +55,16 @@ def assign(name: str, grads: Any, arguments: Sequence[Argument], avals: Sequence
     for argument, grad in zip(arguments, _one_for_each(name, grads, arguments, wanted), strict=True):
         if grad is None:
             continue
-        if not argument.places:
+        if all(mark is NOT_AN_ARRAY for mark in argument.tree.marks):
             raise TypeError(f"{name}.backward returned a gradient for argument '{argument.name}', which is no array: return None there")
-        if any(wanted[i] for i in argument.places):
+        if not argument.places or any(wanted[i] for i in argument.places):
             _assign(name, argument.name, argument.tree, grad, avals, wanted, out)
     return out
 
 
 def _one_for_each(name: str, grads: Any, arguments: Sequence[Argument], wanted: Sequence[bool]) -> list[Any]:
+    if len(arguments) == 1 and arguments[0].tree.is_made_like(grads):
+        return [grads]
     grads = list(grads) if isinstance(grads, (tuple, list)) else [grads]
     while len(grads) > len(arguments) and grads[-1] is None:
         grads.pop()
@@ -71,30 +77,33 @@ def _one_for_each(name: str, grads: Any, arguments: Sequence[Argument], wanted: 
     return grads + [None] * len(missing)
 
 
-def _assign(name: str, where: str, tree: Any, grad: Any, avals: Sequence[Any], wanted: Sequence[bool], out: list[Any]) -> None:
+def _assign(name: str, where: str, tree: Skeleton, grad: Any, avals: Sequence[Any], wanted: Sequence[bool], out: list[Any]) -> None:
     if grad is None:
         return
-    if tree is not NOT_AN_ARRAY and compat.children(grad) is None:
-        tree = _only_leaf(tree)
-    if isinstance(tree, int):
-        if wanted[tree]:
-            out[tree] = settle(name, where, grad, avals[tree])
+    if len(tree.marks) == 1 and compat.children(grad) is None:  # also the one leaf of a node, such as the array in a `Param`
+        _assign_leaf(name, where, tree.marks[0], grad, avals, wanted, out)
         return
-    ours, theirs = compat.children(tree), compat.children(grad)
-    if ours is None or theirs is None or len(ours[0]) != len(theirs[0]) or (isinstance(tree, dict) and ours[1] != theirs[1]):
+    parts = tree.parts_beside(grad)
+    if tree.is_leaf:
+        _assign_leaf(name, where, tree.marks[0], grad, avals, wanted, out)
+    elif parts is None:
         raise ValueError(
             f"{name}.backward returned {jax.tree.structure(grad)} as the gradient of argument '{where}', "
-            f"which is {jax.tree.structure(tree)}: return the same structure, with None where there is no gradient"
+            f"which is {tree}: return the same structure, with None where there is no gradient"
         )
-    keys = ours[1] if isinstance(tree, dict) else range(len(ours[0]))
-    for key, sub, g in zip(keys, ours[0], theirs[0], strict=True):
-        _assign(name, f"{where}[{key!r}]", sub, g, avals, wanted, out)
+    else:
+        for key, (part, g) in zip(tree.keys(), parts, strict=True):
+            _assign(name, f"{where}[{key!r}]", part, g, avals, wanted, out)
 
 
-def _only_leaf(tree: Any) -> Any:
-    """The leaf of a structure that has one, such as a `Param` around an array; else the structure."""
-    leaves = jax.tree.leaves(tree)
-    return leaves[0] if len(leaves) == 1 else tree
+def _assign_leaf(name: str, where: str, mark: Any, grad: Any, avals: Sequence[Any], wanted: Sequence[bool], out: list[Any]) -> None:
+    if isinstance(mark, int):
+        if wanted[mark]:
+            out[mark] = settle(name, where, grad, avals[mark])
+    elif mark is CONSTANT:
+        _as_array(name, where, grad)
+    else:
+        raise TypeError(f"{name}.backward returned a gradient for '{where}', which is no array: return None there")
 
 
 def settle(name: str, where: str, grad: Any, aval: Any) -> jax.Array:
@@ -103,9 +112,7 @@ def settle(name: str, where: str, grad: Any, aval: Any) -> jax.Array:
     Raises:
         TypeError: for what is no array, and for a complex gradient of a real argument; ValueError: for a shape that does not sum to it.
     """
-    if not (is_array(grad) or isinstance(grad, (int, float, complex))):
-        raise TypeError(f"{name}.backward returned a {type(grad).__name__} as the gradient of argument '{where}': return an array or None")
-    grad = jnp.asarray(grad)
+    grad = _as_array(name, where, grad)
     if jnp.iscomplexobj(grad) and not jnp.issubdtype(aval.dtype, jnp.complexfloating):
         raise TypeError(
             f"{name}.backward returned a {grad.dtype} gradient for argument '{where}' of dtype {aval.dtype}: "
@@ -116,6 +123,12 @@ def settle(name: str, where: str, grad: Any, aval: Any) -> jax.Array:
     if grad.dtype != aval.dtype:
         grad = grad.astype(aval.dtype)
     return compat.match_placement(grad, aval)
+
+
+def _as_array(name: str, where: str, grad: Any) -> jax.Array:
+    if not (is_array(grad) or isinstance(grad, (int, float, complex))):
+        raise TypeError(f"{name}.backward returned a {type(grad).__name__} as the gradient of argument '{where}': return an array or None")
+    return jnp.asarray(grad)
 
 
 def _sum_to(name: str, where: str, grad: jax.Array, shape: tuple[int, ...]) -> jax.Array:

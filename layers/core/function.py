@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.core import compat
+from layers.core.again import recorded
 from layers.core.arguments import take_apart
 from layers.core.batching import VmapInfo
 from layers.core.call import Call
@@ -110,6 +111,12 @@ class Function:
         call, arrays = Call.bind(cls, args, kwargs)
         if not any(isinstance(x, compat.Tracer) for x in arrays):
             return call.run(arrays, (False,) * len(arrays))[1]
+        outputs, fill = cls._apply(call, arrays)
+        return fill(outputs)
+
+    @classmethod
+    def _apply(cls, call: Call, arrays: Sequence[Any]) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+        """The arrays of the output, differentiable by the rule, and what makes the output of them."""
         filled: list[Callable[[list[Any]], Any]] = []
 
         def primal(*arrays: Any) -> list[Any]:
@@ -120,7 +127,7 @@ class Function:
 
         def linearize(primals: Sequence[Any], moving: tuple[bool, ...]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
             primals = tuple(x if is_array(x) else jnp.asarray(x) for x in primals)  # a number that is differentiated arrives as such
-            record, outputs, residuals = make_record(call, primals, moving)
+            record, outputs, residuals = recorded(call.name, primals, lambda xs: make_record(call, xs, moving), lambda: cls._apply(call, primals)[0])
             filled[:] = [record.output.fill]
             return outputs, functools.partial(_tangents, record, residuals)
 
@@ -130,14 +137,14 @@ class Function:
 
         outputs = compat.linearized(arrays, linearize)
         if outputs is not None:
-            return filled[0](outputs)
+            return outputs, filled[0]
         primal.__name__ = primal.__qualname__ = call.name
         primal.__signature__ = _ANY_ARRAYS  # type: ignore[attr-defined]  # JAX asks for it at each call, and to work it out takes long
         rule.__signature__ = _PRIMALS_AND_TANGENTS  # type: ignore[attr-defined]
         f = jax.custom_jvp(primal)
         f.defjvp(rule, symbolic_zeros=True)
         outputs = f(*arrays)
-        return filled[0](outputs)
+        return outputs, filled[0]
 
     @classmethod
     def vjp(cls, *args: Any, **kwargs: Any) -> tuple[Any, GradFn]:
@@ -186,7 +193,7 @@ def _tangents(record: Record, residuals: list[Any], moving: list[Any]) -> list[A
         out_avals=tuple(a for a, d in zip(avals, record.differentiable, strict=True) if d),
         push=record.push,
         pull=record.pull,
-        once=not record.call.cls._has_jvp() and hasattr(record.call.cls.backward, "once_differentiable"),
+        once=not record.call.cls._has_jvp() and record.once,
     )
     given = iter(tangent_map(residuals, moving))
     return [next(given) if d else compat.SymbolicZero(a) for a, d in zip(avals, record.differentiable, strict=True)]
@@ -225,7 +232,8 @@ class GradFn:
         cotangents = record.cotangents(grad_outputs)
         wanted = record.moving
         grads = record.grads(self._residuals, cotangents, wanted)
-        return tuple(_by_argument(a.tree, a.places, grads) for a in record.call.arguments)
+        arguments = zip(record.call.arguments, record.call.templates, strict=True)
+        return tuple(t.fill_with_gaps(grads, record.avals) if any(grads[i] is not None for i in a.places) else None for a, t in arguments)
 
     __call__ = apply
 
@@ -254,12 +262,6 @@ class GradFn:
         return cls(record, children[0])
 
 
-def _by_argument(tree: Any, places: tuple[int, ...], grads: list[Any]) -> Any:
-    if all(grads[i] is None for i in places):
-        return None
-    return jax.tree.map(lambda i: grads[i] if isinstance(i, int) else None, tree)
-
-
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a `backward` whose own operations are not to be differentiated: doing so is an error.
 
@@ -270,7 +272,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(ctx: Context, *grad_outputs: Any) -> Any:
         name, needs, materialize = ctx._engine.name, ctx.needs_input_grad, ctx._engine.materialize  # the rest of ctx holds arrays
         arrays: list[Any] = []
-        template = take_apart(name, "an attribute of ctx", (state_of(ctx), grad_outputs), arrays)
+        known = [x for x in jax.tree.leaves((state_of(ctx), grad_outputs)) if is_array(x) and not isinstance(x, compat.Tracer)]
+        template = take_apart(name, "an attribute of ctx", (state_of(ctx), grad_outputs), arrays, known)
         filled: list[Callable[[list[Any]], Any]] = []
 
         def run(*arrays: Any) -> list[Any]:

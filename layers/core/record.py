@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import jaxpr_as_fun
 
 from layers.core import compat
-from layers.core.arguments import ArrayPlace, Template, take_apart
+from layers.core.again import explained
+from layers.core.arguments import Template, take_apart
 from layers.core.call import Call
-from layers.core.context import Context, restore, state_of
+from layers.core.context import Context, is_array, restore, state_of
 from layers.core.cotangents import assign
+from layers.core.linearity import why_not_linear
 from layers.core.recompute import no_barriers
 
 
@@ -56,11 +59,25 @@ class Record:
         if not cls._has_backward():
             raise NotImplementedError(f"{name} has no backward rule: write `backward(ctx, *grad_outputs)` as a static method")
         given = [self._entering(*x) for x in zip(cotangents, self.output_avals, self.shared, strict=True)]
-        by_output = _top_level(self.output, given)
+        by_output = self._tops_of(given)
         with jax.named_scope(f"{name}.backward"):
-            ctx = self.context(residuals)
-            grads = cls.backward(ctx, by_output) if cls.boxed_grads_call else cls.backward(ctx, *by_output)
+            try:
+                grads = self._run_backward((residuals, by_output))
+            except Exception as error:
+                better = error if self.once else explained(name, error, self._run_backward, (residuals, by_output))
+                if better is error:
+                    raise
+                raise better from error
             return assign(name, grads, self.call.arguments, self.avals, wanted)
+
+    def _run_backward(self, arrays: tuple[Sequence[Any], list[Any]]) -> Any:
+        cls, ctx = self.call.cls, self.context(arrays[0])
+        return cls.backward(ctx, arrays[1]) if cls.boxed_grads_call else cls.backward(ctx, *arrays[1])
+
+    @property
+    def once(self) -> bool:
+        """Whether `backward` refuses to be differentiated."""
+        return hasattr(self.call.cls.backward, "once_differentiable")
 
     def _entering(self, cotangent: Any, aval: Any, shared: tuple[str, ...]) -> Any:
         if cotangent is not None:
@@ -89,7 +106,11 @@ class Record:
         likes = [compat.zeros(compat.tangent_type(a)) for a, d in zip(self.output_avals, self.differentiable, strict=True) if d]
         try:
             with no_barriers():
-                return list(jax.linear_transpose(pull, *likes)(list(tangents)))
+                traced = jax.make_jaxpr(pull)(*likes)
+                fault = why_not_linear(traced)
+                if fault is None:
+                    return list(jax.linear_transpose(jaxpr_as_fun(traced), *likes)(list(tangents)))
+                raise ValueError(fault)
         except Exception as error:
             raise TypeError(
                 f"{self.call.name} has no jvp rule, and forward mode cannot be derived from its backward: that is not linear in its gradient, "
@@ -102,11 +123,11 @@ class Record:
         given = iter(tangents)
         absent = [compat.zeros(a) if self.materialize and jnp.issubdtype(a.dtype, np.inexact) else None for a in self.avals]
         by_array = [next(given) if m else zero for m, zero in zip(self.moving, absent, strict=True)]
-        by_argument = [jax.tree.map(lambda i: by_array[i] if isinstance(i, int) else None, a.tree) for a in self.call.arguments]
+        by_argument = [t.fill_with_gaps(by_array, self.avals) for t in self.call.templates]
         with jax.named_scope(f"{name}.jvp"):
             outs = self.call.cls.jvp(ctx, *by_argument)
-        tops = _top_level(self.output, list(range(len(self.output_avals))))
-        outs = list(outs) if isinstance(outs, (tuple, list)) and self.output_is_tuple() else [outs]
+        tops = self._tops()
+        outs = list(outs) if isinstance(outs, (tuple, list)) and self._returns_several() else [outs]
         if len(outs) != len(tops):
             raise ValueError(f"{name}.jvp returned {len(outs)} tangent(s), but forward has {len(tops)} output(s): return one for each")
         return _settle_tangents(name, tops, outs, self.output_avals, self.differentiable)
@@ -114,64 +135,66 @@ class Record:
     def cotangents(self, grad_outputs: Sequence[Any]) -> list[Any]:
         """The gradients of the outputs, one for each array of the output."""
         name = self.call.name
-        tops = _top_level(self.output, list(range(len(self.output_avals))))
+        tops = self._tops()
         if len(grad_outputs) != len(tops):
             raise ValueError(f"{name}: forward returned {len(tops)} output(s), but {len(grad_outputs)} gradient(s) were given")
         flat: list[Any] = [None] * len(self.output_avals)
-        for where, (tree, grad) in enumerate(zip(tops, grad_outputs, strict=True)):
-            leaves = _aligned(tree, grad)
+        for where, (top, grad) in enumerate(zip(tops, grad_outputs, strict=True)):
+            leaves = top.skeleton().leaves_beside(grad)
             if leaves is None:
                 raise ValueError(f"{name}: the gradient of output {where} must have its structure")
-            for i, leaf in zip(jax.tree.leaves(tree), leaves, strict=True):
-                if leaf is None or not self.differentiable[i]:
+            for i, leaf in zip(top.skeleton().marks, leaves, strict=True):
+                if leaf is None or not isinstance(i, int) or not self.differentiable[i]:
                     continue
-                leaf = jnp.asarray(leaf)
+                leaf = _as_dual(f"{name}: the gradient of output {where}", leaf, self.output_avals[i])
                 if leaf.shape != self.output_avals[i].shape:
                     raise ValueError(f"{name}: output {where} has shape {self.output_avals[i].shape}, but its gradient has shape {leaf.shape}")
-                flat[i] = leaf.astype(self.output_avals[i].dtype)
+                flat[i] = leaf
         return flat
 
-    def output_is_tuple(self) -> bool:
-        return isinstance(self.output.fill([None] * len(self.output_avals)), tuple)
+    def _returns_several(self) -> bool:
+        kind = self.output.skeleton().kind
+        return kind is not None and issubclass(kind, tuple)
+
+    def _tops(self) -> list[Template]:
+        """One template for each output of `forward`."""
+        return self.output.children() if self._returns_several() else [self.output]
+
+    def _tops_of(self, arrays: Sequence[Any]) -> list[Any]:
+        """One entry for each output of `forward`, None for what is no array."""
+        return [top.fill_with_gaps(arrays, self.output_avals) for top in self._tops()]
 
 
-def _settle_tangents(name: str, tops: Sequence[Any], outs: Sequence[Any], avals: Sequence[Any], differentiable: Sequence[bool]) -> list[Any]:
+def _settle_tangents(name: str, tops: Sequence[Template], outs: Sequence[Any], avals: Sequence[Any], differentiable: Sequence[bool]) -> list[Any]:
     settled: list[Any] = [None] * len(avals)
-    for where, (tree, tangent) in enumerate(zip(tops, outs, strict=True)):
-        leaves = _aligned(tree, tangent)
+    for where, (top, tangent) in enumerate(zip(tops, outs, strict=True)):
+        leaves = top.skeleton().leaves_beside(tangent)
         if leaves is None:
             raise ValueError(
                 f"{name}.jvp returned {jax.tree.structure(tangent)} as the tangent of output {where}: return the structure of that output"
             )
-        for i, leaf in zip(jax.tree.leaves(tree), leaves, strict=True):
-            if leaf is None or not differentiable[i]:
+        for i, leaf in zip(top.skeleton().marks, leaves, strict=True):
+            if leaf is None or not isinstance(i, int) or not differentiable[i]:
                 continue
-            leaf = jnp.asarray(leaf)
+            leaf = _as_dual(f"{name}.jvp: the tangent of output {where}", leaf, avals[i])
             if leaf.shape != avals[i].shape:
                 raise ValueError(f"{name}.jvp returned a tangent of shape {leaf.shape} for output {where} of shape {avals[i].shape}")
-            settled[i] = compat.match_placement(leaf.astype(avals[i].dtype), avals[i])
+            settled[i] = compat.match_placement(leaf, avals[i])
     return [compat.zeros(a) if t is None else t for t, a, d in zip(settled, avals, differentiable, strict=True) if d]
 
 
-def _aligned(tree: Any, given: Any) -> list[Any] | None:
-    """What `given` has at each leaf of `tree`, where None stands for any subtree; None if it has another structure."""
-    ours = compat.children(tree)
-    if given is None:
-        return [None] * len(jax.tree.leaves(tree))
-    theirs = compat.children(given)
-    if ours is None and theirs is None:
-        return [given]
-    if ours is None or theirs is None or len(ours[0]) != len(theirs[0]) or (isinstance(tree, dict) and ours[1] != theirs[1]):
-        return None
-    parts = [_aligned(t, g) for t, g in zip(ours[0], theirs[0], strict=True)]
-    known = [p for p in parts if p is not None]
-    return [leaf for p in known for leaf in p] if len(known) == len(parts) else None
+def _as_dual(what: str, given: Any, aval: Any) -> jax.Array:
+    """What is given for a value of type `aval` as an array of its dtype.
 
-
-def _top_level(output: Template, arrays: Sequence[Any]) -> list[Any]:
-    """One entry for each output of `forward`, None for what is no array."""
-    filled = output.tree.unflatten([arrays[x.start] if isinstance(x, ArrayPlace) else None for x in output.leaves])
-    return list(filled) if isinstance(filled, tuple) else [filled]
+    Raises:
+        TypeError: for what is no array, and for complex numbers for real ones.
+    """
+    if not (is_array(given) or isinstance(given, (int, float, complex))):
+        raise TypeError(f"{what} is a {type(given).__name__}, but must be an array or None")
+    given = jnp.asarray(given)
+    if jnp.iscomplexobj(given) and not jnp.issubdtype(aval.dtype, jnp.complexfloating):
+        raise TypeError(f"{what} is of dtype {given.dtype}, but that of a real output ({aval.dtype}) is real: take its real part")
+    return given.astype(aval.dtype)
 
 
 def make_record(call: Call, arrays: Sequence[Any], moving: Sequence[bool]) -> tuple[Record, list[Any], list[Any]]:
@@ -186,7 +209,7 @@ def make_record(call: Call, arrays: Sequence[Any], moving: Sequence[bool]) -> tu
         )
     marked = [any(x is m for m in engine.non_differentiable) for x in outputs]
     residuals: list[Any] = []
-    state = take_apart(call.name, "an attribute of ctx", state_of(ctx), residuals)
+    state = take_apart(call.name, "an attribute of ctx", state_of(ctx), residuals, call.constants)
     _name_residuals(call.name, arrays, outputs, residuals)
     avals = tuple(jax.typeof(x) for x in outputs)
     record = Record(

@@ -65,6 +65,22 @@ WRONG = {
     "adds a constant": (rule(SQUARE, lambda x, g: 2 * x * g + 1e-3), draw((3,)), "not multiplied"),
     "not linear in the gradient": (rule(SQUARE, lambda x, g: 2 * x * jnp.tanh(g)), draw((3,)), "not linear"),
     "clipped gradient": (rule(SQUARE, lambda x, g: 2 * x * jnp.clip(g, -0.1, 0.1)), draw((3,)), "not linear"),
+    "depends on the sign of the gradient": (
+        rule(lambda x: jnp.maximum(x, 0.1), lambda x, g: ((x >= 0.1) | (g < 0)) * g),
+        (np.array([-1.0, -0.5, 0.7]),),
+        "-1 times that gives not -1 times",
+    ),
+    "depends on the size of single gradients": (
+        rule(lambda x: 1.0 * x, lambda x, g: g * jnp.abs(g) / jnp.maximum(jnp.linalg.norm(g), 1e-30)),
+        draw((3,)),
+        "not linear in the gradient of the output: the sum of two",
+    ),
+    "right for gradients of single entries": (
+        rule(lambda x: 1.0 * x, lambda x, g: jnp.where(jnp.sum(g != 0) > 1, 2 * g, g)),
+        draw((3,)),
+        "not their product with the Jacobian",
+    ),
+    "drops small gradients": (rule(SQUARE, lambda x, g: jnp.where(jnp.abs(g) < 1e-2, 0, 2 * x * g)), draw((3,)), "-0.001 times"),
     "nan": (rule(SQUARE, lambda x, g: 2 * x * g / (x - x)), draw((3,)), "not finite"),
     "one entry of 1000 by 1.01": (one_entry(1.01), draw((1000,)), r"\[537\]"),
     "one entry zero": (one_entry(0.0), draw((1000,)), r"\[537\]"),
@@ -97,7 +113,6 @@ RIGHT = {
         draw((5,)),
     ),
     "no output that can be differentiated": (rule(lambda x: jnp.argsort(x), lambda x, g: None), draw((3,))),
-    "empty array": (rule(SQUARE, lambda x, g: 2 * x * g), draw((0, 3))),
     "plain function": (lambda x, n: jnp.sin(x) ** n, (*draw((3,)), 3)),
     "linear layer": (layers.LinearFunction, draw((5, 3), (4, 3), (4,))),
 }
@@ -188,6 +203,45 @@ def test_nothing_to_check_is_an_error_always():
         gradcheck(lambda x: x, (np.arange(3),), raise_exception=False)
     with pytest.raises(ValueError, match="at least one"):
         gradcheck(jnp.sin, draw((3,)), check_backward_ad=False)
+
+
+@pytest.mark.parametrize(
+    ("fn", "args", "message"),
+    [
+        (lambda x: None, draw((3,)), "fn returns no array"),
+        (lambda x: x * x, draw((0, 3)), "fn returns an empty array"),
+        (rule(SQUARE, lambda x, g: 2 * x * g), draw((0,)), "fn returns an empty array"),
+    ],
+)
+@pytest.mark.parametrize("check", [layers.gradcheck, layers.gradgradcheck])
+def test_function_without_a_result_is_an_error(check, fn, args, message):
+    with pytest.raises(ValueError, match=f"gradcheck: there is nothing to check, since {message}"):
+        check(fn, args)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"eps": -1e-6}, ValueError, "gradcheck: eps is -1e-06, but must be a positive number"),
+        ({"eps": float("nan")}, ValueError, "gradcheck: eps is nan"),
+        ({"eps": "small"}, TypeError, "gradcheck: eps is a str, but must be a number"),
+        ({"atol": -1}, ValueError, "gradcheck: atol is -1, but must be no negative number"),
+        ({"rtol": float("nan")}, ValueError, "gradcheck: rtol is nan"),
+        ({"nondet_tol": None}, TypeError, "gradcheck: nondet_tol is a NoneType"),
+        ({"argnums": (5,)}, ValueError, "gradcheck: argnums names argument 5, but there is 1"),
+        ({"argnums": "x"}, TypeError, "gradcheck: argnums is 'x', but must be"),
+    ],
+)
+@pytest.mark.parametrize("check", [layers.gradcheck, layers.gradgradcheck])
+def test_option_out_of_range_is_an_error_that_names_it(check, options, error, message):
+    with pytest.raises(error, match=message):
+        check(jnp.sin, draw((3,)), **options)
+
+
+def test_argnums_may_be_one_number_and_count_from_the_end():
+    right_in_the_second = rule(lambda x, y: x * y, lambda x, y, g: (0 * g, g * x))
+    assert layers.gradcheck(right_in_the_second, draw((3,), (3,)), argnums=-1)
+    assert not layers.gradcheck(right_in_the_second, draw((3,), (3,)), argnums=0, raise_exception=False)
 
 
 def test_errors_of_the_function_are_not_swallowed():

@@ -147,6 +147,115 @@ def test_named_tuple_and_dataclass_arguments_keep_their_type():
     assert_trees_close(given, Pair(jnp.full(4, 2.0), jnp.ones(4)), rtol=0)
 
 
+class Pair(typing.NamedTuple):
+    a: jax.Array
+    b: jax.Array
+
+
+@pytest.mark.parametrize("kind", [Pair, lambda a, b: (a, b), lambda a, b: [a, b], lambda a, b: ((a, b),)])
+@pytest.mark.parametrize("wrap", [lambda g: g, lambda g: (g,)])
+def test_gradient_of_the_structure_of_the_only_argument_is_its_gradient(kind, wrap):
+    def backward(ctx, g):
+        a, b = jax.tree.leaves(ctx.saved_tensors)
+        return wrap(kind(g * b, g * a))
+
+    def forward(ctx, pair):
+        ctx.save_for_backward(pair)
+        return jnp.multiply(*jax.tree.leaves(pair))
+
+    given = jax.grad(lambda p: rule(forward, backward).apply(p).sum())(kind(X, 2 * X))
+    assert_trees_close(given, kind(2 * X, X), rtol=1e-6)
+
+
+@jax.tree_util.register_pytree_node_class
+class Converting:
+    """A pytree whose constructor takes nothing but what can be an array of floats."""
+
+    def __init__(self, a, b):
+        self.a, self.b = jnp.asarray(a, float), jnp.asarray(b, float)
+
+    def tree_flatten(self):
+        return (self.a, self.b), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+class Product(Function):
+    @staticmethod
+    def forward(ctx, pair):
+        ctx.save_for_backward(pair)
+        return Converting(pair.a * pair.b, pair.a), pair.b
+
+    @staticmethod
+    def backward(ctx, dy, dz):
+        (pair,) = ctx.saved_tensors
+        return Converting(dy.a * pair.b + dy.b, dy.a * pair.a + dz)
+
+    @staticmethod
+    def jvp(ctx, dot):
+        (pair,) = ctx.saved_tensors
+        return Converting(dot.a * pair.b + pair.a * dot.b, dot.a), dot.b
+
+
+def test_class_that_converts_its_leaves_is_an_argument_an_output_a_gradient_and_a_tangent():
+    given = Converting(X, 2 * X)
+    loss = lambda p: sum(y.sum() for y in jax.tree.leaves(Product.apply(p)))
+    for differentiate in (jax.grad, lambda f: jax.jit(jax.grad(f))):
+        assert_trees_close(differentiate(loss)(given), Converting(2 * X + 1, X + 1), rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(loss, (given,), (given,))[1], (4 * X * X + 3 * X).sum(), rtol=1e-5)
+    (y, _), grad_fn = Product.vjp(given)
+    assert_trees_close(grad_fn.apply(y, None)[0], Converting(y.a * 2 * X + y.b, y.a * X), rtol=1e-6)
+    assert_trees_close(grad_fn.apply(None, X)[0], Converting(jnp.zeros(4), X), rtol=1e-6)
+
+
+def test_numbers_are_as_good_as_arrays():
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    cls = rule(forward, lambda ctx, g: (g * ctx.saved_tensors[1], g * ctx.saved_tensors[0]))
+    assert cls.apply(2.0, 3.0) == 6
+    assert jax.grad(cls.apply, 0)(2.0, 3.0) == 3 and jax.grad(cls.apply, 1)(2.0, 3.0) == 2
+    assert jax.jit(jax.grad(cls.apply))(2.0, 3) == 3
+    assert jax.grad(lambda x: cls.apply(x, 3.0))(2.0) == 3
+    assert cls.vjp(2.0, 3.0)[0] == 6
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+@pytest.mark.parametrize("mask", [np.array([True, False, True, True]), np.array([0, 2, 3])], ids=["mask", "indices"])
+def test_numpy_mask_and_indices_are_known_while_a_program_is_traced(wrap, mask):
+    def forward(ctx, x, mask):
+        ctx.mask = mask
+        return x[mask]
+
+    def backward(ctx, g):
+        assert g.shape == (3,)
+        return jnp.zeros(4).at[ctx.mask].set(g), None
+
+    cls = rule(forward, backward)
+    np.testing.assert_array_equal(wrap(lambda x: cls.apply(x, mask))(X), X[mask])
+    np.testing.assert_array_equal(wrap(jax.grad(wrap(lambda x: (X[mask] * cls.apply(x, mask)).sum())))(X), X * np.array([1, 0, 1, 1]))
+
+
+def test_forward_without_ctx_is_an_error_that_says_so():
+    cls = rule(lambda x, w: x * w, lambda ctx, g: (g, g))
+    with pytest.raises(
+        TypeError, match=r"Made.apply: too many positional arguments.*'x', which is the context: is `ctx` missing, forward\(ctx, x, ...\)"
+    ):
+        cls.apply(X, X)
+
+
+@pytest.mark.parametrize(
+    "hide", [lambda f: {f}, lambda f: frozenset([f]), lambda f: (g for g in [f]), lambda f: iter([f]), lambda f: map(f, [1]), lambda f: iter([{f}])]
+)
+def test_traced_array_hidden_in_a_set_or_an_iterator_is_refused(hide):
+    cls = rule(lambda ctx, x, hidden: x * 1.0, lambda ctx, g: (g, None))
+    with pytest.raises(TypeError, match=r"Made: argument 'hidden' is a .* that holds a traced array"):
+        jax.grad(lambda x: cls.apply(X, hide(lambda y: x * y)).sum())(X)
+
+
 def test_flax_param_is_passed_as_it_is():
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
@@ -259,7 +368,7 @@ def test_nothing_saved_is_an_empty_tuple():
     ("misuse", "error", "message"),
     [
         (lambda ctx, x: (ctx.save_for_backward(x), ctx.save_for_backward(x)), RuntimeError, "Made: ctx.save_for_backward is called twice"),
-        (lambda ctx, x: ctx.save_for_backward(x, 3), TypeError, "Made: save_for_backward can only save arrays, but argument 1 is of type int; keep"),
+        (lambda ctx, x: ctx.save_for_backward(x, len), TypeError, "Made: save_for_backward can only save arrays, but argument 1 is of type builtin"),
         (lambda ctx, x: ctx.save_for_backward("s"), TypeError, "argument 0 is of type str"),
         (lambda ctx, x: ctx.saved_tensors, RuntimeError, "Made: ctx.saved_tensors is for backward"),
         (lambda ctx, x: ctx.mark_dirty(x), RuntimeError, "Made: ctx.mark_dirty has no meaning in JAX.*Return the new value"),
@@ -518,7 +627,9 @@ def test_wrong_gradient_is_an_error_that_names_class_argument_given_and_what_mus
 
 def test_gradient_for_what_is_no_array_is_an_error():
     with pytest.raises(TypeError, match=r"Made.backward returned a gradient for argument 'y', which is no array: return None there"):
-        gradient(returns(jnp.ones(4), jnp.ones(())), X, 3.0)
+        gradient(returns(jnp.ones(4), jnp.ones(()), forward=lambda ctx, x, y: x), X, "3")
+    with pytest.raises(TypeError, match=r"Made.backward returned a gradient for 'y\['mode'\]', which is no array: return None there"):
+        gradient(returns(jnp.ones(4), {"scale": None, "mode": jnp.ones(())}, forward=lambda ctx, x, y: x), X, {"scale": 2.0, "mode": "3"})
 
 
 def test_wrong_structure_for_a_pytree_names_the_leaf():
@@ -750,6 +861,14 @@ def test_tape_is_a_pytree_that_passes_through_jit():
     grad_fn = jax.jit(lambda x: Wrong.vjp(x)[1])(X)
     np.testing.assert_allclose(jax.jit(lambda g, dy: g(dy))(grad_fn, jnp.ones(4))[0], 3 * jnp.cos(X), rtol=1e-5)
     assert [leaf.shape for leaf in jax.tree.leaves(grad_fn)] == [(4,)]
+
+
+def test_tape_refuses_complex_gradients_of_real_outputs_and_what_is_no_array():
+    grad_fn = rule(lambda ctx, x: x * 1.0, lambda ctx, g: g).vjp(X)[1]
+    with pytest.raises(TypeError, match="Made: the gradient of output 0 is of dtype complex64, but that of a real output .float32. is real"):
+        grad_fn.apply(1j * X)
+    with pytest.raises(TypeError, match="Made: the gradient of output 0 is a str, but must be an array or None"):
+        grad_fn.apply("one")
 
 
 @pytest.mark.parametrize(
