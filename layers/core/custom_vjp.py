@@ -26,8 +26,8 @@ from layers.core.function import Function
 class custom_vjp:
     """Gives a JAX function a gradient of its own, as `jax.custom_vjp`, whose place it takes: the import is all that changes.
 
-    What it adds: forward mode (`jax.jvp`, `jax.hessian`), a clear error where a rule closes over a traced array, gradients that are cast and summed to
-    their argument, and right gradients where one jitted call is differentiated in two patterns.
+    What it adds: forward mode (`jax.jvp`, `jax.hessian`), a clear error where a rule closes over a traced array, gradients that are cast and
+    summed to their argument, and right gradients where one jitted call is differentiated in two patterns.
 
     Args:
         fun: the function; its arguments and results are pytrees of arrays, or anything else, which is not traced.
@@ -80,8 +80,8 @@ class custom_vjp:
             names = traced_names(fn)
             if names:
                 raise TypeError(
-                    f"{getattr(fn, '__name__', self._name)}, of the rules of {self._name}, closes over a traced array ({', '.join(names)}), which has "
-                    "no gradient there and may leak: pass it as an argument"
+                    f"{getattr(fn, '__name__', self._name)}, of the rules of {self._name}, closes over a traced array ({', '.join(names)}), "
+                    "which has no gradient there and may leak: pass it as an argument"
                 )
         given = self._positional(args, kwargs)
         passed = [self._static(i, a) if i in self.nondiff_argnums else jax.tree.map(_as_array, a) for i, a in enumerate(given)]
@@ -105,7 +105,8 @@ class custom_vjp:
         leaves = jax.tree.leaves(value)
         if any(isinstance(x, compat.Tracer) for x in leaves):
             raise TypeError(
-                f"{self._name}: argument {place} is one of nondiff_argnums, but holds a traced array: pass it as another argument, and return None for it"
+                f"{self._name}: argument {place} is one of nondiff_argnums, but holds a traced array: "
+                "pass it as another argument, and return None for it"
             )
         return _Static(value) if any(is_array(x) or is_number(x) for x in leaves) else value
 
