@@ -10,9 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.recurrent.checkpointed_scan import checkpointed_scan
+from layers.recurrent.gated_delta_rule import gated_delta_rule
 from layers.recurrent.gated_linear_attention import gated_linear_attention
 from layers.recurrent.linear_recurrence import linear_recurrence
 from layers.recurrent.selective_scan import selective_scan
+from layers.recurrent.short_convolution import short_convolution
+from layers.recurrent.state_space_dual import state_space_dual
 from layers.tools.cases.case import Case, normal
 
 
@@ -65,6 +68,66 @@ def _linear_attention(q: Any, k: Any, v: Any, g: Any) -> Any:
     return jnp.moveaxis(lax.scan(step, jnp.zeros((1, 4, 64, 64)), tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g)))[1], 0, 1)
 
 
+def _delta_args() -> tuple[Any, ...]:
+    shapes = *[(1, 2048, 4, 64)] * 3, *[(1, 2048, 4)] * 2
+    q, k, v, g, beta = (jax.random.normal(key, s) for key, s in zip(jax.random.split(jax.random.key(0), 5), shapes, strict=True))
+    return q, k * lax.rsqrt((k * k).sum(-1, keepdims=True)), v, jax.nn.log_sigmoid(g + 2), jax.nn.sigmoid(beta)
+
+
+def _delta_rule(q: Any, k: Any, v: Any, g: Any, beta: Any) -> Any:
+    def step(s: Any, x: Any) -> tuple[Any, Any]:
+        q, k, v, g, beta = x
+        s = jnp.exp(g)[..., None, None] * s
+        s = s + k[..., None] * (beta[..., None] * (v - jnp.einsum("bhk,bhkv->bhv", k, s)))[..., None, :]
+        return s, jnp.einsum("bhk,bhkv->bhv", q, s) / 8
+
+    return jnp.moveaxis(lax.scan(step, jnp.zeros((1, 4, 64, 64)), tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta)))[1], 0, 1)
+
+
+def _dual_args() -> tuple[Any, ...]:
+    shapes = (1, 2048, 8, 64), (1, 2048, 8), (8,), (1, 2048, 1, 64), (1, 2048, 1, 64)
+    x, dt, a, b, c = (jax.random.normal(k, s) for k, s in zip(jax.random.split(jax.random.key(0), 5), shapes, strict=True))
+    return x, jax.nn.softplus(dt - 3), -jnp.exp(a / 2), b, c
+
+
+def _dual(x: Any, dt: Any, a: Any, b: Any, c: Any) -> Any:
+    def step(h: Any, row: Any) -> tuple[Any, Any]:
+        x, dt, b, c = row
+        h = jnp.exp(dt * a)[..., None, None] * h + (dt[..., None] * x)[..., None] * b[:, :, None]
+        return h, (h * c[:, :, None]).sum(-1)
+
+    return jnp.moveaxis(lax.scan(step, jnp.zeros((1, 8, 64, 64)), tuple(jnp.moveaxis(v, 1, 0) for v in (x, dt, b, c)))[1], 0, 1)
+
+
+def _dual_quadratic(x: Any, dt: Any, a: Any, b: Any, c: Any) -> Any:
+    """All pairs of a chunk of 64 steps in one product, as the paper's listing has it."""
+    chunk = lambda v: v.reshape(v.shape[0], -1, 64, *v.shape[2:])
+    v, g, b, c = chunk(dt[..., None] * x), jnp.moveaxis(chunk(dt * a), 3, 2), chunk(b[:, :, 0]), chunk(c[:, :, 0])
+    sums = jnp.cumsum(g, -1)
+    decay = jnp.exp(jnp.where(jnp.tri(64, dtype=bool), sums[..., None] - sums[..., None, :], -jnp.inf))
+    out = jnp.einsum("bnik,bnjk,bnhij,bnjhp->bnihp", c, b, decay, v)
+    added = jnp.einsum("bnjk,bnhj,bnjhp->bnhkp", b, jnp.exp(sums[..., -1:] - sums), v)
+    step = lambda h, now: (jnp.exp(now[0])[..., None, None] * h + now[1], h)
+    states = lax.scan(step, jnp.zeros_like(added[:, 0]), tuple(jnp.moveaxis(s, 1, 0) for s in (sums[..., -1], added)))[1]
+    out = out + jnp.einsum("bnik,bnhi,nbhkp->bnihp", c, jnp.exp(sums), states)
+    return out.reshape(x.shape)
+
+
+def _convolution_args() -> tuple[Any, ...]:
+    return normal((4, 2048, 1024), (4, 1, 1024), (1024,))
+
+
+def _convolution(x: Any, kernel: Any, bias: Any) -> Any:
+    """As Flax's depthwise `Conv` does."""
+    y = lax.conv_general_dilated(x, kernel, (1,), [(3, 0)], dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=x.shape[2])
+    return jax.nn.silu(y + bias)
+
+
+def _shifted_convolution(x: Any, kernel: Any, bias: Any) -> Any:
+    window = jnp.pad(x, ((0, 0), (3, 0), (0, 0)))
+    return jax.nn.silu(bias + sum(window[:, i : i + x.shape[1]] * kernel[i, 0] for i in range(4)))
+
+
 def _leapfrog(scan: Any, position: Any, momentum: Any, strength: Any) -> Any:
     def step(state: Any, _: None) -> tuple[Any, None]:
         q, p = state
@@ -102,6 +165,29 @@ CASES = (
         _attention_args,
         _linear_attention,
         gated_linear_attention,
+    ),
+    Case(
+        "gated_delta_rule",
+        "gated delta rule, 2048 tokens, 4 heads of 64",
+        _delta_args,
+        _delta_rule,
+        gated_delta_rule,
+    ),
+    Case(
+        "state_space_dual",
+        "Mamba-2's scan, 2048 tokens, 8 heads of 64, 64 states",
+        _dual_args,
+        _dual,
+        state_space_dual,
+        others=(("quadratic chunks", _dual_quadratic),),
+    ),
+    Case(
+        "short_convolution",
+        "causal depthwise convolution of 4 steps and SiLU, 4 x 2048 x 1024",
+        _convolution_args,
+        _convolution,
+        lambda x, kernel, bias: short_convolution(x, kernel[:, 0], bias, activation="silu"),
+        others=(("shifted products", _shifted_convolution),),
     ),
     Case(
         "checkpointed_scan",
