@@ -14,6 +14,7 @@ Reference: the example of `torch.autograd.Function` in PyTorch's documentation, 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from flax.nnx.nn import dtypes
 from jax import lax
 from jaxtyping import Array, Float
 
+from layers.core import checks
 from layers.core.function import Function
 from layers.core.products import products_are_patched
 from layers.core.recompute import barrier
@@ -89,18 +91,17 @@ def linear(
         `(*batch, out_features)`.
 
     Raises:
+        TypeError: where an argument is no array of numbers, or a parameter not of a floating-point or complex dtype.
         ValueError: where the shapes do not fit.
     """
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
-    if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
+    x, kernel = checks.array("linear", "x", x, "number"), checks.array("linear", "kernel", kernel, "inexact", ndim=2)
+    bias = checks.array("linear", "bias", bias, "inexact", optional=True)
+    if x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
         raise ValueError(
             f"linear: kernel has shape {kernel.shape}, but must be (in_features, out_features) with in_features the last axis of x (x: {x.shape})"
         )
-    if bias is None:
-        return LinearFunction.apply(x, kernel, out_axis=1)
-    if jnp.shape(bias) != kernel.shape[1:]:
-        raise ValueError(f"linear: bias has shape {jnp.shape(bias)}, but must have shape {kernel.shape[1:]} (kernel: {kernel.shape})")
-    return LinearFunction.apply(x, kernel, jnp.asarray(bias), out_axis=1)
+    checks.shape("linear", "bias", bias, kernel.shape[1:], "(out_features,)", kernel=kernel)
+    return LinearFunction.apply(x, kernel, *(() if bias is None else (bias,)), out_axis=1)
 
 
 class Linear(nnx.Linear):
@@ -108,6 +109,16 @@ class Linear(nnx.Linear):
 
     A `dot_general`, `precision` or `preferred_element_type` of one's own, and `out_sharding` in the call, are served by Flax's code.
     """
+
+    @functools.wraps(nnx.Linear.__init__)
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = checks.arguments("Linear", super().__init__, args, kwargs)
+        for what in ("in_features", "out_features"):
+            given[what] = checks.integer("Linear", what, given[what], "[1, 2147483647]")
+        given["use_bias"] = checks.flag("Linear", "use_bias", given["use_bias"])
+        checks.dtype("Linear", "dtype", given["dtype"], "inexact")
+        checks.dtype("Linear", "param_dtype", given["param_dtype"], "inexact", optional=False)
+        super().__init__(**given)
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
         own = self.dot_general is not lax.dot_general or self.precision is not None or self.preferred_element_type is not None

@@ -8,7 +8,7 @@ from flax import nnx
 
 import layers
 from layers.linear.linear import LinearFunction
-from tests.support import assert_trees_close, saved_bytes, torch_reference
+from tests.support import assert_trees_close, saved_bytes, temp_bytes, torch_reference
 
 
 def draw(dtype, *shapes):
@@ -68,3 +68,32 @@ def test_module_is_flax_linear(options):
 def test_shapes_that_do_not_fit_are_errors(shapes, message):
     with pytest.raises(ValueError, match=message):
         layers.linear(*draw(jnp.float32, *shapes))
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": jnp.bfloat16}])
+def test_loop_over_layers_keeps_neither_a_transpose_nor_a_cast_of_the_kernels(options):
+    def memory(module):
+        layer = nnx.vmap(lambda key: module(64, 64, rngs=nnx.Rngs(key), **options))(jax.random.split(jax.random.key(0), 8))
+        graph, state = nnx.split(layer)
+
+        def run(state, x):
+            step = nnx.scan(lambda x, layer: jnp.tanh(layer(x)).astype(x.dtype), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            return step(x, nnx.merge(graph, state)).sum()
+
+        return temp_bytes(jax.grad(run, (0, 1)), state, jnp.ones((4, 64)))
+
+    assert memory(layers.Linear) <= memory(nnx.Linear) + 1024
+
+
+def test_real_kernel_under_complex_rows_has_the_real_gradient_of_autodiff():
+    x, kernel, bias = draw(jnp.float32, (5, 3), (3, 4), (4,))
+    run = lambda fn: jax.grad(lambda x, *p: jnp.abs(fn(x, *p)).sum(), (0, 1, 2))(x * (1 + 0.5j), kernel, bias)
+    assert_trees_close(run(layers.linear), run(lambda x, k, b: x @ k + b), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"), [((3, -5), ValueError, "Linear: out_features is -5"), (("3", 5), TypeError, "Linear: in_features is '3'")]
+)
+def test_sizes_that_make_no_layer_are_errors(sizes, error, message):
+    with pytest.raises(error, match=message):
+        layers.Linear(*sizes, rngs=nnx.Rngs(0))
