@@ -117,7 +117,7 @@ def test_run_without_a_whole_checkpoint_is_refused_and_kept(copied):
 
 @pytest.mark.parametrize(
     ("rate", "first"),
-    [("1e30", "the output of norm"), ("3e38", "the output of hidden")],
+    [("1e30", "the output of head"), ("3e38", "the output of hidden")],
 )
 def test_step_that_is_not_finite_ends_the_run_with_the_state_before_it(rate, first, tmp_path):
     done = run(tmp_path / "run", "--learning-rate", rate, "--steps", "40")
