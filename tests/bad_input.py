@@ -160,10 +160,12 @@ def signature_of(fn: Any) -> inspect.Signature:
 def _call(fn: Any, arguments: dict[str, Any]) -> Any:
     signature = signature_of(fn)
     names = [n for n in signature.parameters if n in arguments]
-    assert len(names) == len(arguments), f"{sorted(set(arguments) - set(names))} are no arguments of {fn}"
+    others = {n: arguments[n] for n in arguments if n not in names}
+    takes_others = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    assert takes_others or not others, f"{sorted(others)} are no arguments of {fn}"
     fresh = {n: nnx.Rngs(0) if isinstance(arguments[n], nnx.Rngs) else arguments[n] for n in names}  # made in the trace that draws from them
     bound = inspect.BoundArguments(signature, collections.OrderedDict(fresh))
-    return fn(*bound.args, **bound.kwargs)
+    return fn(*bound.args, **bound.kwargs, **others)
 
 
 def mutate(name: str, target: Callable[..., Any], calls: Any, *, values: bool) -> Findings:
@@ -181,13 +183,16 @@ def mutate(name: str, target: Callable[..., Any], calls: Any, *, values: bool) -
         for run, signature, good in good_runs(target, calls):
             traced(run, good)  # a good call is good
             for what, value in good.items():
-                default = signature.parameters[what].default if what in signature.parameters else inspect.Parameter.empty
-                for mutation in mutations_of(value, optional=default is None):
+                for mutation in mutations_of(value, optional=_takes_none(signature.parameters.get(what))):
                     _judge(findings, name, run, good, what, mutation, values)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     return findings
+
+
+def _takes_none(parameter: inspect.Parameter | None) -> bool:
+    return parameter is not None and (parameter.default is None or str(parameter.annotation).endswith("| None"))
 
 
 def _judge(findings: Findings, name: str, run: Run, good: dict[str, Any], what: str, m: Mutation, values: bool) -> None:

@@ -50,6 +50,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 )
         super().__init__(**given)
 
+    @functools.wraps(nnx.MultiHeadAttention.__call__)
     def __call__(self, *args: Any, decode: bool | None = None, is_causal: bool = False, **options: Any) -> jax.Array:
         decoding = self.decode if decode is None else decode  # then the cache hides what is to come, and its first key stands for the one query
         return super().__call__(*args, decode=decode, is_causal=is_causal and not decoding, **options)

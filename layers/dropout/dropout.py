@@ -19,7 +19,7 @@ as 1, 2, 3", 2011.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -31,9 +31,9 @@ from jax import lax
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
+from layers.core import checks
 from layers.core.function import Function
 from layers.core.hashing import ODD, below, mix
-from layers.core.keys import as_key
 from layers.core.recompute import barrier
 
 GENERATORS = ("hash", "threefry")
@@ -76,23 +76,31 @@ def dropout(
         ValueError: for a rate outside [0, 1], an axis that `x` does not have, an unknown generator, an array of keys.
         TypeError: where `x` is not of a floating-point or complex dtype, or `key` is no key.
     """
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(f"dropout: x is of dtype {x.dtype}, but must be of a floating-point dtype: cast it, x.astype('float32')")
-    if not 0 <= rate <= 1:
-        raise ValueError(f"dropout: rate is {rate}, but a probability lies in [0, 1]")
-    if generator not in GENERATORS:
-        raise ValueError(f"dropout: generator is {generator!r}, but must be one of {', '.join(GENERATORS)}")
-    for d in broadcast_dims:
-        if not -x.ndim <= d < x.ndim:
-            raise ValueError(f"dropout: broadcast_dims contains {d}, but x has {x.ndim} axes (x: {x.shape})")
+    return _drop("dropout", "x", x, "key", key, rate, broadcast_dims, generator)
+
+
+def _drop(who: str, what: str, x: Any, key_name: str, key: Any, rate: Any, broadcast_dims: Any, generator: Any) -> jax.Array:
+    """`dropout`, whose errors are those of `who`, with its names of the array and the key."""
+    x = checks.array(who, what, x, "inexact")
+    rate, dims, generator = _options(who, rate, broadcast_dims, generator, x.ndim)
+    key = checks.key(who, key_name, key, optional=rate in (0, 1))
     if rate == 0:
         return x
     if rate == 1:
         return jnp.zeros_like(x)
-    key = as_key("dropout: key", key)
     generator = generator if generator == "hash" else str(jax.random.key_impl(key))
-    return DropoutFunction.apply(x, jax.random.key_data(key), float(rate), tuple(sorted(d % x.ndim for d in broadcast_dims)), generator)
+    return DropoutFunction.apply(x, jax.random.key_data(key), rate, dims, generator)
+
+
+def _options(who: str, rate: Any, broadcast_dims: Any, generator: Any, ndim: int | None = None) -> tuple[float, tuple[int, ...], str]:
+    """What is asked of the options; without `ndim` the axes are those of an array that is not there yet."""
+    rate = checks.number(who, "rate", rate, "[0, 1]")
+    given = broadcast_dims if isinstance(broadcast_dims, Iterable) and not isinstance(broadcast_dims, (str, bytes)) else (broadcast_dims,)
+    if ndim is None:
+        dims = tuple(checks.integer(who, "broadcast_dims", d) for d in given)
+    else:
+        dims = tuple(sorted({checks.axis(who, "broadcast_dims", d, ndim) for d in given}))
+    return rate, dims, checks.choice(who, "generator", generator, GENERATORS)
 
 
 class Dropout(nnx.Dropout):
@@ -114,29 +122,38 @@ class Dropout(nnx.Dropout):
         rngs: rnglib.Rngs | rnglib.RngStream | None = None,
         generator: str = "hash",
     ):
-        super().__init__(rate, broadcast_dims=broadcast_dims, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs)
-        self.generator = generator
+        rate, dims, self.generator = _options("Dropout", rate, broadcast_dims, generator)
+        deterministic = checks.flag("Dropout", "deterministic", deterministic, optional=True)
+        if not isinstance(rng_collection, str):
+            raise TypeError(f"Dropout: rng_collection is {checks.shown(rng_collection)}, but must be the name of a stream of keys")
+        if rngs is not None:
+            _require_streams(rngs, rnglib.Rngs, rnglib.RngStream)
+        super().__init__(rate, broadcast_dims=dims, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs)
 
     def __call__(self, inputs: Any, *, deterministic: bool | None = None, rngs: Any = None) -> jax.Array:
         if first_from(
-            deterministic,
+            checks.flag("Dropout", "deterministic", deterministic, optional=True),
             self.deterministic,
             error_msg="Dropout: give `deterministic` to the constructor or to the call, or use `nnx.view(model, deterministic=...)`",
         ):
             return inputs
-        if self.rate in (0, 1):
-            return inputs if self.rate == 0 else jnp.zeros_like(inputs)
+        if self.rate == 0:
+            return inputs
+        if self.rate == 1:
+            return jnp.zeros_like(checks.array("Dropout", "inputs", inputs, "any"))
         rngs = first_from(rngs, self.rngs, error_msg="Dropout: `deterministic` is False, so give `rngs` to the constructor or to the call")
-        return dropout(inputs, self._key(rngs), rate=self.rate, broadcast_dims=self.broadcast_dims, generator=self.generator)
+        return _drop("Dropout", "inputs", inputs, "rngs", self._key(rngs), self.rate, self.broadcast_dims, self.generator)
 
     def _key(self, rngs: Any) -> Any:
+        _require_streams(rngs, rnglib.Rngs, rnglib.RngStream, jax.Array)
         if isinstance(rngs, rnglib.Rngs):
             return rngs[self.rng_collection]()
-        if isinstance(rngs, rnglib.RngStream):
-            return rngs()
-        if isinstance(rngs, jax.Array):
-            return rngs
-        raise TypeError(f"Dropout: rngs must be a Rngs, RngStream or jax.Array, but is a {type(rngs).__name__}")
+        return rngs() if isinstance(rngs, rnglib.RngStream) else rngs
+
+
+def _require_streams(rngs: Any, *kinds: type) -> None:
+    if not isinstance(rngs, kinds):
+        raise TypeError(f"Dropout: rngs is {checks.shown(rngs)}, but must be random streams or one of them: nnx.Rngs(seed)")
 
 
 def keep_mask(words: jax.Array, keep: float, shape: tuple[int, ...], generator: str) -> jax.Array:

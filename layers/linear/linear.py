@@ -121,11 +121,19 @@ class Linear(nnx.Linear):
         super().__init__(**given)
 
     def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        if not products_are_patched():  # which may stand for arrays of their own
+            inputs = self._checked(inputs)
         own = self.dot_general is not lax.dot_general or self.precision is not None or self.preferred_element_type is not None
         if own or out_sharding is not None or products_are_patched():
             return super().__call__(inputs, out_sharding=out_sharding)
-        arrays = jnp.asarray(inputs), self.kernel[...], None if self.bias is None else self.bias[...]
+        arrays = inputs, self.kernel[...], None if self.bias is None else self.bias[...]
         if self.promote_dtype is not dtypes.promote_dtype:
             arrays = self.promote_dtype(arrays, dtype=self.dtype)
         dtype = dtypes.canonicalize_dtype(*arrays, dtype=self.dtype)
         return LinearFunction.apply(*arrays, out_axis=1, dtype=dtype)
+
+    def _checked(self, inputs: Any) -> jax.Array:
+        x = checks.array("Linear", "inputs", inputs, "any")
+        if x.ndim < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"Linear: inputs has shape {x.shape}, but must be (..., in_features) with in_features = {self.in_features}")
+        return x

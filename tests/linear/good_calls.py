@@ -2,7 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 X, KERNEL = jax.random.normal(jax.random.key(0), (5, 3)), jax.random.normal(jax.random.key(1), (3, 4))
 
-CALLS = {"linear": lambda: {"x": X, "kernel": KERNEL, "bias": jnp.arange(4.0)}}
+CALLS = {
+    "linear": lambda: {"x": X, "kernel": KERNEL, "bias": jnp.arange(4.0)},
+    "Linear": (
+        lambda: {"in_features": 3, "out_features": 4, "use_bias": True, "dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)},
+        lambda: {"inputs": X},
+    ),
+}

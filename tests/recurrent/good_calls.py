@@ -34,8 +34,8 @@ def cell():
     return nnx.GRUCell(3, 2, rngs=nnx.Rngs(0))
 
 
-def module(**more):
-    return {"in_features": 3, "hidden_features": 2, "time_major": False, "save": "gates", "rngs": nnx.Rngs(0), **more}
+def module():
+    return {"in_features": 3, "hidden_features": 2, "time_major": False, "save": "gates", "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
 
 
 def step(carry, x):
