@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import rnglib
 from flax.nnx.nn import dtypes
 
 from layers.attention.dot_product_attention import dot_product_attention
@@ -51,9 +52,38 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         super().__init__(**given)
 
     @functools.wraps(nnx.MultiHeadAttention.__call__)
-    def __call__(self, *args: Any, decode: bool | None = None, is_causal: bool = False, **options: Any) -> jax.Array:
-        decoding = self.decode if decode is None else decode  # then the cache hides what is to come, and its first key stands for the one query
-        return super().__call__(*args, decode=decode, is_causal=is_causal and not decoding, **options)
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        given = checks.arguments("MultiHeadAttention", super().__call__, args, kwargs)
+        for what in ("deterministic", "decode", "sow_weights", "is_causal"):
+            given[what] = checks.flag("MultiHeadAttention", what, given[what], optional=what in ("deterministic", "decode"))
+        if not isinstance(given["rngs"], (rnglib.Rngs, rnglib.RngStream, type(None))):
+            raise TypeError(f"MultiHeadAttention: rngs is {checks.shown(given['rngs'])}, but must be random streams or one of them: nnx.Rngs(seed)")
+        decoding = bool(self.decode if given["decode"] is None else given["decode"])
+        given |= self._arrays(given["inputs_q"], given["inputs_k"], given["inputs_v"], given["mask"], decoding)
+        given["is_causal"] &= not decoding  # the cache hides what is to come, and its first key stands for the one query
+        return super().__call__(**given)
+
+    def _arrays(self, q: Any, k: Any, v: Any, mask: Any, decoding: bool) -> dict[str, Any]:
+        """The arrays of a call, checked against each other and the module."""
+        who, found = "MultiHeadAttention", {}
+        if k is None and v is not None:
+            raise ValueError(f"{who}: inputs_k is None, but inputs_v is not: give inputs_k alone where both are the same")
+        for what, x, features in (("inputs_q", q, self.in_features), ("inputs_k", k, self.in_kv_features), ("inputs_v", v, self.in_kv_features)):
+            x = found[what] = checks.array(who, what, x, "any", optional=what != "inputs_q")
+            if x is not None and (x.ndim < 2 or x.shape[-1] != features):
+                raise ValueError(f"{who}: {what} has shape {x.shape}, but must be (*batch, time, features) with {features} features")
+        q, k = found["inputs_q"], found["inputs_q"] if found["inputs_k"] is None else found["inputs_k"]
+        if k.shape[-1] != self.in_kv_features:
+            raise ValueError(f"{who}: inputs_k is None, but inputs_q cannot stand for it: it has {k.shape[-1]} features, not {self.in_kv_features}")
+        found["mask"] = mask = checks.array(who, "mask", mask, "mask", optional=True)
+        if self.attention_fn is not attend:
+            return found
+        checks.shape(who, "inputs_k", k, (*q.shape[:-2], *k.shape[-2:]), "(*batch, time, features)", inputs_q=q)
+        checks.shape(who, "inputs_v", found["inputs_v"], (*k.shape[:-1], self.in_kv_features), "(*batch, time, features)", inputs_k=k)
+        full = (*q.shape[:-2], self.num_heads, q.shape[-2], k.shape[-2])
+        if mask is not None and not decoding and not _broadcasts(mask.shape, full):  # the keys of a cache are more
+            raise ValueError(f"{who}: mask has shape {mask.shape}, but must broadcast to (*batch, num_heads, time, kv_time) = {full}")
+        return found
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -109,6 +139,10 @@ def attend(
         broadcast_dropout=broadcast_dropout,
     )
     return out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _broadcasts(shape: tuple[Any, ...], full: tuple[Any, ...]) -> bool:
+    return len(shape) <= len(full) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(full), strict=False))
 
 
 def _one_batch_axis(x: Any, batch: tuple[int, ...]) -> Any:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 def normal(*shape, seed=0):
@@ -28,7 +29,19 @@ def _rotary():
     }
 
 
+def _module():
+    sizes = {"num_heads": 4, "in_features": 3, "qkv_features": 8, "out_features": 5, "num_kv_heads": 2, "in_kv_features": 6}
+    flags = {"broadcast_dropout": False, "use_bias": True, "normalize_qk": True, "decode": False}
+    return sizes | flags | {"dtype": jnp.float32, "param_dtype": jnp.float32, "dropout_rate": 0.2, "rngs": nnx.Rngs(0)}
+
+
+def _inputs():
+    arrays = {"inputs_q": normal(2, 5, 3), "inputs_k": normal(2, 7, 6, seed=1), "inputs_v": normal(2, 7, 6, seed=2)}
+    return arrays | {"mask": jnp.tri(5, 7, 2, dtype=bool)[None, None], "deterministic": True, "decode": False, "is_causal": True}
+
+
 CALLS = {
+    "MultiHeadAttention": (_module, _inputs),
     "dot_product_attention": _attention,
     "rotary_embedding": [
         lambda: _rotary() | {"base": 100.0},
