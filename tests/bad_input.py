@@ -192,7 +192,9 @@ def mutate(name: str, target: Callable[..., Any], calls: Any, *, values: bool) -
 
 
 def _takes_none(parameter: inspect.Parameter | None) -> bool:
-    return parameter is not None and (parameter.default is None or str(parameter.annotation).endswith("| None"))
+    if parameter is None:
+        return False
+    return parameter.default is None or str(parameter.annotation).endswith("| None") or parameter.kind is inspect.Parameter.VAR_POSITIONAL
 
 
 def _judge(findings: Findings, name: str, run: Run, good: dict[str, Any], what: str, m: Mutation, values: bool) -> None:
@@ -202,7 +204,7 @@ def _judge(findings: Findings, name: str, run: Run, good: dict[str, Any], what: 
         outputs = traced(run, {**good, what: m.value}, through_jit=what if m.traced else None)
         if values and m.outcome != "error":
             outputs = computed(run, {**good, what: m.value}, through_jit=what if m.traced else None)
-            expected = computed(run, {**good, what: m.twin}) if m.outcome == "same" else None
+            expected = computed(run, {**good, what: m.twin}, still=None if _is_data(m.value) else what) if m.outcome == "same" else None
         else:
             expected = None
     except Hanging:
@@ -240,7 +242,6 @@ def _fault(outputs: list[Any], expected: list[Any] | None, m: Mutation) -> str |
         return "not finite"
     if expected is not None:
         theirs = [np.asarray(y, np.complex128) for y in expected if isinstance(y, jax.Array) and jnp.issubdtype(y.dtype, np.number)]
-        theirs = theirs[: len(arrays)]  # there is no gradient for a list of numbers
         if [a.shape for a in arrays] != [e.shape for e in theirs]:
             return f"shapes {[a.shape for a in arrays]}, but {[e.shape for e in theirs]} for the value that means the same"
         if not all(np.allclose(a, e, rtol=1e-3, atol=1e-5) for a, e in zip(arrays, theirs, strict=True)):
@@ -252,9 +253,12 @@ def _is_data(value: Any) -> bool:
     return isinstance(value, (jax.Array, np.ndarray)) and value.ndim > 0 and jnp.issubdtype(value.dtype, np.inexact)
 
 
-def _with_gradient(run: Run, arguments: dict[str, Any], through_jit: str | None) -> tuple[Callable[..., list[Any]], list[Any]]:
-    """The arrays of a call's result and of its gradient, as a function of its arrays and of the value that is passed through `jax.jit`."""
-    names = [k for k, v in arguments.items() if k == through_jit or _is_data(v)]
+def _with_gradient(run: Run, arguments: dict[str, Any], through_jit: str | None, still: str | None) -> tuple[Callable[..., list[Any]], list[Any]]:
+    """The arrays of a call's result and of its gradient, as a function of its arrays and of the value that is passed through `jax.jit`.
+
+    There is no gradient for the argument `still`: none for a list of numbers, and so none for the array that means the same.
+    """
+    names = [k for k, v in arguments.items() if k == through_jit or (_is_data(v) and k != still)]
 
     def call(*given: Any) -> list[Any]:
         now = {**arguments, **dict(zip(names, given, strict=True))}
@@ -277,13 +281,13 @@ def _with_gradient(run: Run, arguments: dict[str, Any], through_jit: str | None)
     return whole, [arguments[n] for n in names]
 
 
-def traced(run: Run, arguments: dict[str, Any], through_jit: str | None = None) -> list[Any]:
+def traced(run: Run, arguments: dict[str, Any], *, through_jit: str | None = None) -> list[Any]:
     """The types of result and gradient, of a call that is only traced."""
-    whole, given = _with_gradient(run, arguments, through_jit)
+    whole, given = _with_gradient(run, arguments, through_jit, None)
     return jax.eval_shape(whole, *given)
 
 
-def computed(run: Run, arguments: dict[str, Any], through_jit: str | None = None) -> list[Any]:
+def computed(run: Run, arguments: dict[str, Any], *, through_jit: str | None = None, still: str | None = None) -> list[Any]:
     """Result and gradient."""
-    whole, given = _with_gradient(run, arguments, through_jit)
+    whole, given = _with_gradient(run, arguments, through_jit, still)
     return jax.jit(whole)(*given)

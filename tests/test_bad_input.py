@@ -1,9 +1,11 @@
 """Whatever is given to a public function or constructor, there is a clear error or a right result: never a silent wrong one, nothing that hangs."""
 
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
 import layers
 from tests.bad_input import mutate
@@ -18,6 +20,20 @@ def catalogue():
 
 
 CALLS = catalogue()
+
+
+RUN_WHAT_THEY_ARE_GIVEN = {
+    "check": "computes in NumPy and cannot be traced: tests/test_contract.py",
+    "gradcheck": "computes in NumPy and cannot be traced: tests/check/test_gradcheck.py",
+    "gradgradcheck": "computes in NumPy and cannot be traced: tests/check/test_gradcheck.py",
+}
+"""The public functions without a good call here, with the reason, and where their bad input is tested."""
+
+
+def test_every_public_function_and_module_has_a_good_call():
+    public = {name for name, x in vars(layers).items() if inspect.isfunction(x) or (isinstance(x, type) and issubclass(x, nnx.Module))}
+    public = {name for name in public if not name.startswith("_")}
+    assert public - set(CALLS) == set(RUN_WHAT_THEY_ARE_GIVEN)
 
 
 def judge(name, *, values):

@@ -96,6 +96,8 @@ def test_report_prints_and_shows_in_a_notebook():
 
 
 def test_missing_arguments_are_an_error():
+    with pytest.raises(TypeError, match="check: fn is 3, but must be a function"):
+        layers.check(3)
     with pytest.raises(TypeError, match="give its arguments"):
         layers.check(jnp.sin)
     with pytest.raises(TypeError, match="no argument"):

@@ -10,6 +10,7 @@ from typing import Any
 from layers.check.audit import NO_LAYER, Residuals
 from layers.check.residuals import residuals
 from layers.check.tables import html_table, size, text_table
+from layers.core import checks
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def advise(fn: Callable[..., Any], *args: Any, wrt: int | Sequence[int] | None =
     Raises:
         TypeError, ValueError: as `layers.residuals`.
     """
-    return Advice(residuals(fn, *args, wrt=wrt))
+    return Advice(residuals(checks.function("advise", "fn", fn), *args, wrt=wrt))
 
 
 def _steps(audit: Residuals) -> list[Step]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.check.gradcheck import gradcheck, has_gradient
+from layers.core import checks
 from layers.core.function import Function
 
 
@@ -128,6 +129,7 @@ def check(fn: Any, *args: Any) -> Report:
     Raises:
         TypeError: where arguments are missing, or none of them is a floating-point array.
     """
+    fn = checks.function("check", "fn", fn)
     name = getattr(fn, "__name__", type(fn).__name__)
     if not args:
         if not hasattr(fn, "example"):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.check.hints import likely_mistake
-from layers.check.options import argument_places, require_number
+from layers.core import checks
 from layers.core.context import is_array
 from layers.core.function import Function
 from layers.core.trees import is_inexact
@@ -37,11 +37,12 @@ class _Problem:
     """`fn` as a function of its floating-point arrays alone, as lists of flat real vectors."""
 
     def __init__(self, fn: Any, args: tuple[Any, ...], argnums: Any):
+        fn = checks.function("gradcheck", "fn", fn)
         self.fn: Fn = fn.apply if isinstance(fn, type) and issubclass(fn, Function) else fn
         self.leaves, self.tree = jax.tree.flatten(args)
         paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(args)]
         of_argument = [i for i, a in enumerate(args) for _ in jax.tree.leaves(a)]
-        chosen = argument_places("gradcheck: argnums", argnums, len(args))
+        chosen = checks.places("gradcheck", "argnums", argnums, len(args))
         self.places = [i for i, x in enumerate(self.leaves) if has_gradient(x) and of_argument[i] in chosen]
         if not self.places:
             raise ValueError("gradcheck: no argument is a floating-point or complex array, so there is nothing to check")
@@ -102,20 +103,30 @@ def gradcheck(
         GradcheckError: it says which input and output, the worst entry, both values and the likely mistake.
         ValueError: where there is nothing to check, or an option is out of its range; TypeError: for an option of another type.
     """
+    options = _checked({name: value for name, value in locals().items() if name not in ("fn", "args", "argnums")})
     args = args if isinstance(args, tuple) else (args,)
-    for name, value in (("eps", eps), ("atol", atol), ("rtol", rtol), ("nondet_tol", nondet_tol)):
-        require_number(f"gradcheck: {name}", value, positive=name == "eps")
-    if not (check_forward_ad or check_backward_ad):
+    if not (options["check_forward_ad"] or options["check_backward_ad"]):
         raise ValueError("gradcheck: at least one of check_forward_ad and check_backward_ad must be set")
     with jax.enable_x64(True):
         problem = _Problem(fn, args, argnums)
         try:
-            _check(problem, locals())
+            _check(problem, options)
         except GradcheckError:
-            if raise_exception:
+            if options["raise_exception"]:
                 raise
             return False
     return True
+
+
+_RANGES = {"eps": "(0, inf)", "atol": "[0, inf]", "rtol": "[0, inf]", "nondet_tol": "[0, inf]"}
+"""The options that are numbers; the others are flags."""
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: checks.number("gradcheck", name, value, _RANGES[name]) if name in _RANGES else checks.flag("gradcheck", name, value)
+        for name, value in options.items()
+    }
 
 
 def gradgradcheck(fn: Any, args: Any, grad_outputs: Any = None, **options: Any) -> bool:
@@ -137,12 +148,23 @@ def gradgradcheck(fn: Any, args: Any, grad_outputs: Any = None, **options: Any) 
         problem = _Problem(fn, args, options.pop("argnums", None))
         _require_result(jax.eval_shape(problem.results, *problem.inputs))
         shapes = jax.eval_shape(problem.outputs, *problem.inputs)
-        grads = [_draw(i, y.shape, y.dtype) for i, y in enumerate(shapes)] if grad_outputs is None else list(grad_outputs)
+        grads = [_draw(i, y.shape, y.dtype) for i, y in enumerate(shapes)] if grad_outputs is None else _given(grad_outputs, shapes)
 
         def gradient(inputs: list[Any], cotangents: list[Any]) -> Any:
             return jax.vjp(problem.outputs, *inputs)[1](cotangents)
 
         return gradcheck(gradient, (problem.inputs, grads), **options)
+
+
+def _given(grad_outputs: Any, shapes: Sequence[Any]) -> list[Any]:
+    """The gradients that are given for the outputs, as arrays."""
+    grads = list(grad_outputs) if isinstance(grad_outputs, (list, tuple)) else [grad_outputs]
+    if len(grads) != len(shapes):
+        raise ValueError(f"gradgradcheck: grad_outputs holds {len(grads)}, but must be one for each of the {len(shapes)} floating-point outputs")
+    grads = [checks.array("gradgradcheck", "grad_outputs", g, "inexact") for g in grads]
+    for g, y in zip(grads, shapes, strict=True):
+        checks.shape("gradgradcheck", "grad_outputs", g, y.shape, "the shapes of the outputs")
+    return [g.astype(y.dtype) for g, y in zip(grads, shapes, strict=True)]
 
 
 def _require_result(results: Sequence[Any]) -> None:

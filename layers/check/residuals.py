@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 
 from layers.check.audit import Residual, Residuals
-from layers.check.options import argument_places
 from layers.check.producers import Producer, clean_scope, find_producer
 from layers.check.scopes import module_scopes
-from layers.core import compat
+from layers.core import checks, compat
+from layers.core.context import is_array, is_number
 
 _LIBRARY = tuple(os.sep + os.path.join(*parts) + os.sep for parts in (("layers", "core"), ("layers", "check"), ("flax",), ("equinox",)))
 
@@ -40,12 +40,17 @@ def residuals(fn: Callable[..., Any], *args: Any, wrt: int | Sequence[int] | Non
         TypeError: where no argument can be differentiated.
         ValueError: where `wrt` names an argument that there is not.
     """
+    fn = checks.function("residuals", "fn", fn)
     title, whole = getattr(fn, "__name__", type(fn).__name__), fn
     given, first = args, int(isinstance(fn, nnx.Module))
     if isinstance(fn, nnx.Module):
         fn, args = (lambda module, *a: module(*a)), (fn, *args)
     leaves, tree = jax.tree.flatten(args)
-    chosen = argument_places("residuals: wrt", wrt, len(args))
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(args)]
+    for name, x in zip(names, leaves, strict=True):
+        if not (is_array(x) or is_number(x) or isinstance(x, (bool, jax.ShapeDtypeStruct))):
+            raise TypeError(f"residuals: args{name} is {checks.shown(x)}, but must be an array or a number: let a function pass on what is neither")
+    chosen = checks.places("residuals", "wrt", wrt, len(args))
     of_argument = [i for i, a in enumerate(args) for _ in jax.tree.leaves(a)]
     moving = [i for i, x in enumerate(leaves) if of_argument[i] in chosen and jnp.issubdtype(jnp.result_type(x), np.inexact)]
     if not moving:
@@ -68,7 +73,6 @@ def residuals(fn: Callable[..., Any], *args: Any, wrt: int | Sequence[int] | Non
     kept = jaxpr.outvars[len(jaxpr.outvars) - len(jax.tree.leaves(vjp)) :]
     backward = compat.open_jaxpr(jax.make_jaxpr(lambda pull, ct: pull(ct))(vjp, _cotangent(out)))
     used = compat.used_inputs(backward)[: len(kept)]
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(args)]
 
     def again(other: Any, others: Any = None) -> Residuals:
         if others is not None:

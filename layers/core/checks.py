@@ -157,8 +157,7 @@ def axis(who: str, what: str, value: Any, ndim: int, *, optional: bool = False) 
 
 def axes(who: str, what: str, value: Any, ndim: int) -> tuple[int, ...]:
     """Different axes of an array of `ndim` axes, or one, counted from the front."""
-    given = value if isinstance(value, (tuple, list)) else (value,)
-    found = tuple(axis(who, what, a, ndim) for a in given)
+    found = tuple(axis(who, what, a, ndim) for a in several(value))
     if len(set(found)) < len(found):
         raise ValueError(f"{who}: {what} is {value}, but must name each axis once (of {ndim})")
     return found
@@ -215,7 +214,7 @@ def arguments(who: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: d
 
 def mesh_axes(who: str, what: str, value: Any) -> tuple[str, ...]:
     """The names of mapped axes (of `jax.shard_map` or `jax.vmap`) that are there where this is called: of one name, several or None."""
-    given = () if value is None else tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    given = () if value is None else several(value)
     for name in given:
         if not isinstance(name, str):
             raise TypeError(f"{who}: {what} is {shown(value)}, but must be the name of a mesh axis, a tuple of names, or None")
@@ -226,6 +225,23 @@ def mesh_axes(who: str, what: str, value: Any) -> tuple[str, ...]:
                 f"{who}: {what} is {name!r}, but no axis of that name is mapped here: call it inside jax.shard_map or jax.vmap"
             ) from None
     return given
+
+
+def places(who: str, what: str, value: Any, count: int) -> list[int]:
+    """The places of arguments, of which there are `count`, counted from the front: of one, several, or None for all."""
+    given = range(count) if value is None else several(value)
+    found = [integer(who, what, place) for place in given]
+    for place in found:
+        if not -count <= place < count:
+            there = "is 1" if count == 1 else f"are {count}"
+            raise ValueError(f"{who}: {what} names argument {place}, but there {there}: it must lie from {-count} to {count - 1}")
+    return [place % count for place in found]
+
+
+def several(value: Any) -> tuple[Any, ...]:
+    """What is given where one or several may be, as a tuple; a string is one."""
+    single = isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
+    return (value,) if single else tuple(value)
 
 
 def shown(value: Any) -> str:
@@ -296,14 +312,3 @@ def _phrase(within: str) -> str:
     if within[-1] == ")" and high == math.inf:
         return f"of at least {low}" if within[0] == "[" else f"above {low}"
     return f"in {within}"
-
-
-def check_floating(name: str, **arrays: Any) -> None:
-    """Raises TypeError unless each of the arrays, but for those that are None, is of a real floating-point dtype."""
-    for what, x in arrays.items():
-        array(name, what, x, optional=True)
-
-
-def check_block_size(name: str, size: int | None) -> None:
-    """Raises unless it is None or a whole number of at least 1."""
-    integer(name, "block_size", size, "[1, inf)", optional=True)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal
 
-from layers.core import compat
+from layers.core import checks, compat
 from layers.core.closures import traced_names
 from layers.core.context import Context, is_array, is_number
 from layers.core.function import Function
@@ -39,10 +39,8 @@ class custom_vjp:
     """
 
     def __init__(self, fun: Callable[..., Any], nondiff_argnums: int | Sequence[int] = (), nondiff_argnames: str | Sequence[str] = ()):
-        if not callable(fun):
-            raise TypeError(f"custom_vjp: fun is a {type(fun).__name__}, but must be a function")
+        self.fun = checks.function("custom_vjp", "fun", fun)
         functools.update_wrapper(self, fun)
-        self.fun = fun
         try:
             self._signature: inspect.Signature | None = inspect.signature(fun)
         except ValueError:  # a function of C, which takes no keywords here
@@ -68,8 +66,11 @@ class custom_vjp:
                 cotangent that is absent.
             optimize_remat: has no effect: the forward pass under `jax.checkpoint` is `fun` at all times.
         """
+        who = f"{self._name}.defvjp"
+        fwd, bwd = checks.function(who, "fwd", fwd), checks.function(who, "bwd", bwd)
+        symbolic_zeros, optimize_remat = checks.flag(who, "symbolic_zeros", symbolic_zeros), checks.flag(who, "optimize_remat", optimize_remat)
         if symbolic_zeros and optimize_remat:
-            raise NotImplementedError(f"{self._name}.defvjp: optimize_remat does not go with symbolic_zeros, as in JAX")
+            raise NotImplementedError(f"{who}: optimize_remat does not go with symbolic_zeros, as in JAX")
         self.fwd, self.bwd, self.symbolic_zeros, self.optimize_remat = fwd, bwd, symbolic_zeros, optimize_remat
         self._function = _function(self, fwd, bwd)
 
@@ -128,11 +129,13 @@ def _as_array(x: Any) -> Any:
 
 def _places(name: str, signature: inspect.Signature | None, numbers: Any, names: Any) -> tuple[int, ...]:
     parameters = [] if signature is None else list(signature.parameters)
-    given = [names] if isinstance(names, str) else list(names)
+    given = checks.several(names)
     unknown = [n for n in given if n not in parameters]
     if unknown:
         raise ValueError(f"{name}: nondiff_argnames names {', '.join(map(repr, unknown))}, but the arguments are {', '.join(parameters)}")
-    chosen = [numbers] if isinstance(numbers, int) else list(numbers)
+    open_ended = signature is None or any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+    within = "[0, inf)" if open_ended else f"[0, {len(parameters)})"
+    chosen = [checks.integer(name, "nondiff_argnums", n, within) for n in checks.several(numbers)]
     return tuple(sorted({*chosen, *map(parameters.index, given)}))
 
 
@@ -192,11 +195,9 @@ def from_custom_vjp(fn: Any) -> custom_vjp:
         TypeError: for anything else; AttributeError: where it has no rules yet.
     """
     if not isinstance(fn, jax.custom_vjp):
-        raise TypeError(
-            f"from_custom_vjp: got a {type(fn).__name__}, but it must be what jax.custom_vjp returned; of a jitted one take `fn.__wrapped__`"
-        )
+        raise TypeError(f"from_custom_vjp: fn is {checks.shown(fn)}, but must be what jax.custom_vjp returned: of a jitted one take `fn.__wrapped__`")
     if fn.fwd is None or fn.bwd is None:
-        raise AttributeError("from_custom_vjp: the function has no rules: call its defvjp(fwd, bwd) first")
+        raise AttributeError("from_custom_vjp: fn has no rules: call its defvjp(fwd, bwd) first")
     made = custom_vjp(fn.fun, fn.nondiff_argnums)
     made.defvjp(fn.fwd, fn.bwd, symbolic_zeros=fn.symbolic_zeros, optimize_remat=fn.optimize_remat)
     return made

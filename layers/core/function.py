@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.core import compat
+from layers.core import checks, compat
 from layers.core.again import recorded
 from layers.core.arguments import take_apart
 from layers.core.batching import VmapInfo
@@ -267,6 +267,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     Write it under `@staticmethod`, as in PyTorch.
     """
+
+    backward = checks.function("once_differentiable", "backward", backward)
 
     @functools.wraps(backward)
     def wrapper(ctx: Context, *grad_outputs: Any) -> Any:

@@ -24,8 +24,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _asked: Any = jax.make_user_context(None)  # part of the key of JAX's caches: what was traced for another platform is traced anew
 
 
-@contextlib.contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
+def compiling_for(platform: str) -> contextlib.AbstractContextManager[None]:
     """A block in which layers are traced for this platform, whatever JAX's default device is.
 
     For `jax.export`, or to compile for a device that is not there:
@@ -39,7 +38,12 @@ def compiling_for(platform: str) -> Iterator[None]:
     Raises:
         ValueError: for another one.
     """
-    with _asked(checks.choice("compiling_for", "platform", platform, PLATFORMS)):
+    return _asking(checks.choice("compiling_for", "platform", platform, PLATFORMS))
+
+
+@contextlib.contextmanager
+def _asking(platform: str) -> Iterator[None]:
+    with _asked(platform):
         yield
 
 

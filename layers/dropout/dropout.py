@@ -19,7 +19,7 @@ as 1, 2, 3", 2011.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -95,7 +95,7 @@ def _drop(who: str, what: str, x: Any, key_name: str, key: Any, rate: Any, broad
 def _options(who: str, rate: Any, broadcast_dims: Any, generator: Any, ndim: int | None = None) -> tuple[float, tuple[int, ...], str]:
     """What is asked of the options; without `ndim` the axes are those of an array that is not there yet."""
     rate = checks.number(who, "rate", rate, "[0, 1]")
-    given = broadcast_dims if isinstance(broadcast_dims, Iterable) and not isinstance(broadcast_dims, (str, bytes)) else (broadcast_dims,)
+    given = checks.several(broadcast_dims)
     if ndim is None:
         dims = tuple(checks.integer(who, "broadcast_dims", d) for d in given)
     else:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from layers.core import compat
+from layers.core import checks, compat
 from layers.rewrite.evaluation import Program
 from layers.rewrite.modules import changes, put_back, take_out, variables_of, write_back
 from layers.rewrite.nested import enter
@@ -51,19 +51,13 @@ def rewrite(fn: Callable[..., Any] | None = None, *, only: str | Iterable[str] |
     names = _chosen(only, skip)
     if fn is None:
         return functools.partial(rewrite, only=only, skip=skip)
-    if not callable(fn):
-        raise TypeError(f"rewrite: fn is a {type(fn).__name__}, but must be a function: give that which computes the loss")
-    return Rewritten(fn, names)
+    return Rewritten(checks.function("rewrite", "fn", fn), names)
 
 
 def _chosen(only: Any, skip: Any) -> tuple[str, ...]:
-    given = {}
-    for key, choice in (("only", only), ("skip", skip)):
-        given[key] = None if choice is None else {choice} if isinstance(choice, str) else set(choice)
-        unknown = [x for x in given[key] or () if x not in PATTERNS]
-        if unknown:
-            raise ValueError(f"rewrite: {key} holds {unknown[0]!r}, but must be names of patterns: {', '.join(PATTERNS)}")
-    return tuple(p for p in PATTERNS if (given["only"] is None or p in given["only"]) and p not in (given["skip"] or ()))
+    chosen = PATTERNS if only is None else [checks.choice("rewrite", "only", x, PATTERNS) for x in checks.several(only)]
+    left = [checks.choice("rewrite", "skip", x, PATTERNS) for x in (() if skip is None else checks.several(skip))]
+    return tuple(p for p in PATTERNS if p in chosen and p not in left)
 
 
 class Rewritten:

@@ -222,13 +222,16 @@ def test_function_without_a_result_is_an_error(check, fn, args, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"eps": -1e-6}, ValueError, "gradcheck: eps is -1e-06, but must be a positive number"),
+        ({"eps": -1e-6}, ValueError, "gradcheck: eps is -1e-06, but must be a number above 0"),
         ({"eps": float("nan")}, ValueError, "gradcheck: eps is nan"),
-        ({"eps": "small"}, TypeError, "gradcheck: eps is a str, but must be a number"),
-        ({"atol": -1}, ValueError, "gradcheck: atol is -1, but must be no negative number"),
+        ({"eps": "small"}, TypeError, "gradcheck: eps is 'small', but must be a number"),
+        ({"atol": -1}, ValueError, "gradcheck: atol is -1, but must be a number in \\[0, inf\\]"),
         ({"rtol": float("nan")}, ValueError, "gradcheck: rtol is nan"),
-        ({"nondet_tol": None}, TypeError, "gradcheck: nondet_tol is a NoneType"),
+        ({"nondet_tol": None}, TypeError, "gradcheck: nondet_tol is None"),
         ({"argnums": (5,)}, ValueError, "gradcheck: argnums names argument 5, but there is 1"),
+        ({"fast_mode": "no"}, TypeError, "gradcheck: fast_mode is 'no', but must be True or False"),
+        ({"raise_exception": None}, TypeError, "gradcheck: raise_exception is None, but must be True or False"),
+        ({"argnums": True}, TypeError, "gradcheck: argnums is True, but must be"),
         ({"argnums": "x"}, TypeError, "gradcheck: argnums is 'x', but must be"),
     ],
 )
@@ -236,6 +239,31 @@ def test_function_without_a_result_is_an_error(check, fn, args, message):
 def test_option_out_of_range_is_an_error_that_names_it(check, options, error, message):
     with pytest.raises(error, match=message):
         check(jnp.sin, draw((3,)), **options)
+
+
+@pytest.mark.parametrize("check", [layers.gradcheck, layers.gradgradcheck])
+def test_what_is_no_function_is_named(check):
+    with pytest.raises(TypeError, match="gradcheck: fn is 'sin', but must be a function"):
+        check("sin", draw((3,)))
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "message"),
+    [
+        ([], ValueError, "grad_outputs holds 0, but must be one for each of the 1 floating-point outputs"),
+        ([np.ones(2)], ValueError, r"grad_outputs has shape \(2,\), but must be the shapes of the outputs = \(3,\)"),
+        (["x"], TypeError, "grad_outputs is 'x', but must be an array"),
+    ],
+)
+def test_gradients_that_do_not_fit_the_outputs_are_named(grads, error, message):
+    with pytest.raises(error, match=f"gradgradcheck: {message}"):
+        layers.gradgradcheck(jnp.sin, draw((3,)), grads)
+    assert layers.gradgradcheck(jnp.sin, draw((3,)), [np.ones(3)])
+
+
+def test_option_counts_as_numpy_has_it():
+    fn, args, _ = WRONG["forgotten argument"]
+    assert gradcheck(fn, args, raise_exception=np.False_) is False
 
 
 def test_argnums_may_be_one_number_and_count_from_the_end():

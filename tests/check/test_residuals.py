@@ -151,6 +151,18 @@ def test_compare_gives_a_function_the_arguments_of_the_module():
     assert residuals(Model(nnx.Rngs(0)), X, wrt=(0, 1)).compare(jnp.sin).second.extra == X.nbytes
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((X, "abc"), r"residuals: args\[1\] is 'abc', but must be an array or a number"),
+        (({"x": object()},), r"residuals: args\[0\]\['x'\] is an object"),
+    ],
+)
+def test_argument_that_is_no_array_is_named(args, message):
+    with pytest.raises(TypeError, match=message):
+        residuals(lambda *a: a[0], *args)
+
+
 @pytest.mark.parametrize("wrt", [2, -3, (0, 5)], ids=str)
 def test_wrt_out_of_range_is_an_error(wrt):
     with pytest.raises(ValueError, match="it must lie from -2 to 1"):

@@ -196,9 +196,9 @@ def test_existing_object_is_taken_over():
     power.defvjp(lambda x, n: (x**n, x), lambda n, x, g: (g * n * x ** (n - 1),))
     np.testing.assert_allclose(jax.hessian(lambda x: layers.from_custom_vjp(power)(x, 3))(2.0), 12.0, rtol=1e-6)
     for wrong in (jnp.sin, jax.jit(power), None):
-        with pytest.raises(TypeError, match="from_custom_vjp: got a"):
+        with pytest.raises(TypeError, match="from_custom_vjp: fn is "):
             layers.from_custom_vjp(wrong)
-    with pytest.raises(AttributeError, match="from_custom_vjp: the function has no rules"):
+    with pytest.raises(AttributeError, match="from_custom_vjp: fn has no rules"):
         layers.from_custom_vjp(jax.custom_vjp(jnp.sin))
 
 
@@ -221,13 +221,21 @@ WRONG = {
         TypeError,
         "argument 1 is one of nondiff_argnums, but holds a traced array",
     ),
+    "no such argument": (lambda: layers.custom_vjp(lambda x: x, nondiff_argnums=1), ValueError, "nondiff_argnums is 1, but must be"),
+    "counted from the end": (lambda: layers.custom_vjp(lambda x, n: x, nondiff_argnums=-1), ValueError, "nondiff_argnums is -1, but must be"),
+    "no number of an argument": (lambda: layers.custom_vjp(lambda x: x, nondiff_argnums="x"), TypeError, "nondiff_argnums is 'x', but must be"),
+    "rule that is no function": (
+        lambda: layers.custom_vjp(jnp.sin).defvjp(None, None),
+        TypeError,
+        r"sin.defvjp: fwd is None, but must be a function",
+    ),
     "unknown name": (lambda: layers.custom_vjp(lambda x: x, nondiff_argnames=("n",)), ValueError, "nondiff_argnames names 'n'"),
     "both options": (
         lambda: defined(lambda x: x, lambda x: (x, None), lambda r, g: (g,), symbolic_zeros=True, optimize_remat=True),
         NotImplementedError,
         "optimize_remat does not go with symbolic_zeros",
     ),
-    "no function": (lambda: layers.custom_vjp(3), TypeError, "custom_vjp: fun is a int"),
+    "no function": (lambda: layers.custom_vjp(3), TypeError, "custom_vjp: fun is 3"),
 }
 
 
