@@ -5,7 +5,8 @@ from chunk to chunk, and from span to span. On a CPU a span is one chunk, whose 
 as a budget of memory allows: what needs no state is done for all of them together.
 
 Backward takes the spans from the last to the first, computes each again from the state it starts from, and pulls the gradients of its output and of
-the state after it back through it. Kept from forward are the arguments and the state at the start of each span.
+the state after it back through it. Kept from forward are the arguments and the state at the start of each span; where there is
+one full span, that of the rest alone.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.core.machine import on_accelerator
+from layers.core.numerics import wide
 from layers.core.zeros import lie_like
 from layers.recurrent.halves import Runs
-from layers.recurrent.loops import fold_chunks, scan
+from layers.recurrent.loops import fold_chunks, scan, with_first, without_first
 
 SPAN_BYTES = 1 << 30
 """Of what is alive at once for one span on an accelerator."""
@@ -60,7 +62,7 @@ Body = Callable[[jax.Array, Any, tuple[Any, ...], Runs | None, int], tuple[jax.A
 def run_chunks(
     body: Body, parameters: Any, rows: tuple[Any, ...], runs: Any, state: jax.Array, like: jax.Array, chunks: Chunks
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """The output of all steps, of the shape and dtype of `like`, the last state, and the state at the start of each span.
+    """The output of all steps, of the shape and dtype of `like`, the last state, and the states at the start of spans that `pull_chunks` needs.
 
     Args:
         body: of a span.
@@ -80,13 +82,14 @@ def run_chunks(
 
     carry = state, lie_like(jnp.zeros_like(like), like)
     (state, out), starts = fold_chunks(step, carry, like.shape[1], chunks.span, beside=(rows, state, parameters, runs))
-    return out, state, starts
+    return out, state, without_first(starts)
 
 
 def pull_chunks(
-    body: Body, parameters: Any, rows: tuple[Any, ...], runs: Any, starts: Any, dout: jax.Array, dlast: jax.Array, chunks: Chunks
+    body: Body, parameters: Any, rows: tuple[Any, ...], runs: Any, state: jax.Array, starts: Any, dout: jax.Array, dlast: jax.Array, chunks: Chunks
 ) -> tuple[jax.Array, Any, tuple[Any, ...]]:
     """The gradients of the first state, of the parameters and of the rows, from those of the output and of the last state."""
+    starts = with_first(starts, state, dout.shape[1], chunks.span)
 
     def step(carry: Any, start: Any, size: int, state: jax.Array) -> Any:
         dstate, sums, buffers = carry
@@ -99,6 +102,13 @@ def pull_chunks(
     carry = dlast, jax.tree.map(jnp.zeros_like, parameters), jax.tree.map(lambda x: lie_like(jnp.zeros_like(x), x), rows)
     beside = rows, dout, parameters, runs
     return fold_chunks(step, carry, dout.shape[1], chunks.span, starts, reverse=True, beside=beside)[0]
+
+
+def first_state(initial: Any, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The state before the first step, (batch, heads, features of k, features of v): zeros where none is given."""
+    dtype = wide(k.dtype)
+    batch, _, heads, features = k.shape
+    return lie_like(jnp.zeros((batch, heads, features, v.shape[3]), dtype), k[:, 0]) if initial is None else initial.astype(dtype)
 
 
 def over_chunks(step: Callable[..., tuple[Any, Any]], state: jax.Array, xs: Any) -> tuple[Any, Any]:

@@ -33,12 +33,12 @@ from jaxtyping import Array, Float, Int
 
 from layers.core import checks
 from layers.core.function import Function
-from layers.core.numerics import scaled, wide
+from layers.core.numerics import scaled
 from layers.core.products import einsum
 from layers.core.recompute import barrier
 from layers.core.zeros import lie_like
 from layers.recurrent.arguments import check_attention, check_chunk_size
-from layers.recurrent.chunks import Chunks, over_chunks, pull_chunks, run_chunks
+from layers.recurrent.chunks import Chunks, first_state, over_chunks, pull_chunks, run_chunks
 from layers.recurrent.gates import visible
 from layers.recurrent.halves import Decays, Level, Runs, add_shares, by_chunk, decays, faded, padded, pair_products, weighted_sums
 from layers.recurrent.segments import check_segment_ids, runs_of
@@ -57,7 +57,8 @@ class GatedDeltaRuleFunction(Function):
     @staticmethod
     def backward(ctx, dout, dlast):
         (rows, initial, runs, starts), (dout, dlast) = barrier(ctx.saved_tensors, (dout, dlast))
-        dinitial, _, grads = pull_chunks(_body(ctx.scale), (), rows, runs, starts, dout, dlast, ctx.chunks)
+        state = first_state(initial, rows[0], rows[2])
+        dinitial, _, grads = pull_chunks(_body(ctx.scale), (), rows, runs, state, starts, dout, dlast, ctx.chunks)
         return *grads, None if initial is None else dinitial, None, None, None
 
     @staticmethod
@@ -74,11 +75,9 @@ class GatedDeltaRuleFunction(Function):
 
 
 def _forward(rows: Rows, initial: Any, runs: Any, scale: float, chunks: Chunks) -> tuple[jax.Array, jax.Array, Any]:
-    """The output, the last state, and the state at the start of each span."""
+    """The output, the last state, and what backward needs of the states at the start of each span."""
     q, _, v, _, _ = rows
-    batch, _, heads, features = q.shape
-    dtype = wide(q.dtype)
-    state = lie_like(jnp.zeros((batch, heads, features, v.shape[3]), dtype), q[:, 0]) if initial is None else initial.astype(dtype)
+    state = first_state(initial, q, v)
     return run_chunks(_body(scale), (), rows, runs, state, lie_like(jnp.zeros_like(v, q.dtype), v), chunks)
 
 

@@ -81,6 +81,25 @@ def fold_chunks(step: Step, carry: Any, length: int, chunk: int, kept: Any = Non
     return carry, (keep_full, keep_rest)
 
 
+def without_first(kept: Any) -> Any:
+    """What a fold kept of states before chunks, without the first one's, which is alive anyway, where that saves memory.
+
+    Those of several full chunks are one array: it would be there twice while the first state is put back.
+    """
+    full, rest = kept
+    if full is None:
+        return None, None
+    return (None, rest) if full.shape[0] == 1 else kept
+
+
+def with_first(kept: Any, first: jax.Array, length: int, chunk: int) -> Any:
+    """What `without_first` was given, for `length` steps in chunks of `chunk`."""
+    full = length // chunk
+    if full > 1:
+        return kept
+    return (first[None], kept[1]) if full else (None, first)
+
+
 def cut(x: jax.Array, start: Any, size: int, dtype: Any) -> jax.Array:
     """A chunk of `x`, (batch, time, ...), as (time, batch, ...) in `dtype`."""
     return jnp.moveaxis(lax.dynamic_slice_in_dim(x, start, size, 1), 1, 0).astype(dtype)

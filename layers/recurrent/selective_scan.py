@@ -34,7 +34,7 @@ from layers.core.numerics import wide
 from layers.core.products import einsum
 from layers.core.recompute import barrier
 from layers.recurrent.arguments import check_axes, check_ndim
-from layers.recurrent.loops import cut, fold_chunks, put, scan
+from layers.recurrent.loops import cut, fold_chunks, put, scan, with_first, without_first
 from layers.recurrent.recurrence import before, run, run_back
 from layers.recurrent.segments import check_segment_ids, resets_of, restart
 
@@ -91,6 +91,7 @@ class SelectiveScanFunction(Function):
     def backward(ctx, dout, dlast):
         (x, resets, starts), (dout, dlast) = barrier(ctx.saved_tensors, (dout, dlast))
         a, d = _parameters(x)
+        starts = with_first(starts, _first_state(x), x.u.shape[1], ctx.chunk)
 
         def step(carry, start, size, state):
             after, da, dd, dbias, buffers = carry
@@ -138,8 +139,14 @@ def _parameters(x: Inputs) -> tuple[jax.Array, Any]:
     return x.a.T.astype(dtype), 0 if x.d is None else x.d.astype(dtype)
 
 
+def _first_state(x: Inputs) -> jax.Array:
+    """(batch, state, features), zeros where none is given."""
+    dtype, shape = wide(x.u.dtype), (x.u.shape[0], x.a.shape[1], x.u.shape[2])
+    return jnp.zeros(shape, dtype) if x.initial is None else jnp.swapaxes(x.initial, 1, 2).astype(dtype)
+
+
 def _forward(x: Inputs, resets: Any, softplus: bool, size: int) -> tuple[jax.Array, jax.Array, Any]:
-    """The output, the last state as (batch, features, state), and the state at the start of each chunk."""
+    """The output, the last state as (batch, features, state), and what backward needs of the states at the start of each chunk."""
     a, d = _parameters(x)
 
     def step(carry, start, length, _):
@@ -159,11 +166,8 @@ def _forward(x: Inputs, resets: Any, softplus: bool, size: int) -> tuple[jax.Arr
         y = y + d * chunk.u
         return (last, put(out, y if chunk.z is None else y * SILU.value(chunk.z), start)), state
 
-    batch, length, features = x.u.shape
-    shape = (batch, x.a.shape[1], features)
-    state = jnp.zeros(shape, a.dtype) if x.initial is None else jnp.swapaxes(x.initial, 1, 2).astype(a.dtype)
-    (last, out), starts = fold_chunks(step, (state, jnp.zeros_like(x.u)), length, size, beside=x)
-    return out, jnp.swapaxes(last, 1, 2), starts
+    (last, out), starts = fold_chunks(step, (_first_state(x), jnp.zeros_like(x.u)), x.u.shape[1], size, beside=x)
+    return out, jnp.swapaxes(last, 1, 2), without_first(starts)
 
 
 def _states(a: jax.Array, chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -68,7 +68,9 @@ class StateSpaceDualFunction(Function):
         (x, runs, starts), (dout, dlast) = barrier(ctx.saved_tensors, (dout, dlast))
         parameters, rows = _parts(x)
         dlast = jnp.swapaxes(dlast, 2, 3)
-        dstate, (da, dd, dbias), (dx, ddt, db, dc, dz) = pull_chunks(_body(ctx.softplus), parameters, rows, runs, starts, dout, dlast, ctx.chunks)
+        dstate, (da, dd, dbias), (dx, ddt, db, dc, dz) = pull_chunks(
+            _body(ctx.softplus), parameters, rows, runs, _first_state(x), starts, dout, dlast, ctx.chunks
+        )
         return dx, ddt, da, db, dc, dd, dz, dbias, None if x.initial is None else jnp.swapaxes(dstate, 2, 3), None, None, None
 
     @staticmethod
@@ -89,13 +91,17 @@ def _parts(x: Inputs) -> tuple[Any, Any]:
     return jax.tree.map(lambda p: p.astype(dtype), (x.a, x.d, x.bias)), (x.x, x.dt, x.b, x.c, x.z)
 
 
-def _forward(x: Inputs, runs: Any, softplus: bool, chunks: Chunks) -> tuple[jax.Array, jax.Array, Any]:
-    """The output, the last state as (batch, heads, head_dim, state), and the state at the start of each span, (batch, heads, state, head_dim)."""
-    parameters, rows = _parts(x)
+def _first_state(x: Inputs) -> jax.Array:
+    """(batch, heads, state, head_dim), zeros where none is given."""
     batch, _, heads, size = x.x.shape
     dtype, shape = wide(x.x.dtype), (batch, heads, x.b.shape[3], size)
-    state = lie_like(jnp.zeros(shape, dtype), x.x[:, 0]) if x.initial is None else jnp.swapaxes(x.initial, 2, 3).astype(dtype)
-    out, last, starts = run_chunks(_body(softplus), parameters, rows, runs, state, x.x, chunks)
+    return lie_like(jnp.zeros(shape, dtype), x.x[:, 0]) if x.initial is None else jnp.swapaxes(x.initial, 2, 3).astype(dtype)
+
+
+def _forward(x: Inputs, runs: Any, softplus: bool, chunks: Chunks) -> tuple[jax.Array, jax.Array, Any]:
+    """The output, the last state as (batch, heads, head_dim, state), and what backward needs of the states at the start of each span."""
+    parameters, rows = _parts(x)
+    out, last, starts = run_chunks(_body(softplus), parameters, rows, runs, _first_state(x), x.x, chunks)
     return out, jnp.swapaxes(last, 2, 3), starts
 
 
