@@ -10,6 +10,7 @@ import pytest
 
 import layers
 from layers.core import machine
+from layers.core.numerics import wide
 
 
 def normal(*shapes, dtype=None):
@@ -50,6 +51,12 @@ LAYERS = {
 def on_a_gpu():
     with layers.compiling_for("cuda"):
         yield
+
+
+def errors(got, exact):
+    """The norm of each array's difference."""
+    pairs = zip(*map(jax.tree.leaves, (got, exact)), strict=True)
+    return [float(jnp.linalg.norm(x.astype(jnp.float32) - e.astype(jnp.float32))) for x, e in pairs]
 
 
 def value_and_gradients(fn, args):
@@ -157,10 +164,20 @@ def test_errors_in_bfloat16_are_not_above_those_of_autodiff(name, on_a_gpu):
         exact = value_and_gradients(plain, [x.astype(jnp.float64) for x in args])
     ours, theirs = (value_and_gradients(f, args) for f in (lambda *a: fn(*a), plain))
 
-    def error(got):
-        return [
-            float(jnp.linalg.norm(x.astype(jnp.float32) - e.astype(jnp.float32))) for x, e in zip(*map(jax.tree.leaves, (got, exact)), strict=True)
-        ]
+    for mine, their in zip(errors(ours, exact), errors(theirs, exact), strict=True):
+        assert mine <= 1.02 * their
 
-    for mine, their in zip(error(ours), error(theirs), strict=True):
+
+def test_errors_of_a_bfloat16_head_are_not_above_those_of_plain_code(on_a_gpu):
+    x, kernel = normal((2100, 64), (64, 500), dtype=jnp.bfloat16)
+    y = labels(2100, 500)
+
+    def plain(x, kernel):
+        logits = (x @ kernel).astype(wide(x.dtype))
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
+
+    with jax.enable_x64(True):
+        exact = value_and_gradients(plain, [a.astype(jnp.float64) for a in (x, kernel)])
+    ours, theirs = (value_and_gradients(f, (x, kernel)) for f in (lambda x, k: layers.linear_cross_entropy(x, k, y), plain))
+    for mine, their in zip(errors(ours, exact), errors(theirs, exact), strict=True):
         assert mine <= 1.02 * their

@@ -19,7 +19,7 @@ from jax.export import is_symbolic_dim
 
 from layers.core.blocks import block_size, fold_blocks, scan_blocks
 from layers.core.machine import UNLIMITED, choose, on_accelerator
-from layers.core.numerics import dot, wide
+from layers.core.numerics import dot, hidden_dot, wide
 
 LOGITS_BYTES, SLICE_BYTES = 1 << 25, 1 << 22
 """On a CPU, of a float32 block of logits, and of a float32 slice of dkernel or of the gradients of a block of logits."""
@@ -45,7 +45,7 @@ class Head(NamedTuple):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Those of a block of rows, in float32 or wider."""
-        a = dot("rf,fv->rv", x, self.kernel)
+        a = hidden_dot("rf,fv->rv", x, self.kernel)
         return a if self.bias is None else a + self.bias.astype(a.dtype)
 
 

@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure on this machine")
     bench.add_argument("name", nargs="*", help="rows to run: function, or the name of a layer; all by default")
     bench.add_argument("--rounds", type=_number(int, 0), default=5, help="timed runs of each; 0 compiles only")
+    bench.add_argument("--compile-for", choices=("h100", "v5p"), help="only compile, for a device that is not here: its memory in bfloat16")
     bench.add_argument("--json", help="file for the results; rows of other runs that it holds are kept")
     bench.add_argument("--plot", help="picture of the ratios")
     return made
@@ -61,8 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from layers.tools import bench
 
         try:
+            if options.compile_for is not None:
+                from layers.tools import bench_devices
+
+                return bench_devices.main(options.name, options.compile_for, json_path=options.json)
             return bench.main(options.name, rounds=options.rounds, json_path=options.json, plot_path=options.plot)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ModuleNotFoundError) as error:
             parser().error(str(error))
     return _train({k: v for k, v in vars(options).items() if k != "command" and v is not None})
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
 
 import layers
+from layers.tools import bench_devices
 from layers.tools.bench import GPU_RESULTS, RESULTS, markdown
+from layers.tools.devices import DEVICES
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -48,12 +51,25 @@ def bench_table(path: Path = RESULTS) -> str:
     return f"{note}\n\n{markdown(results)}"
 
 
+def devices_table() -> str:
+    results = json.loads(bench_devices.RESULTS.read_text())
+    return bench_devices.markdown({name: results[name] for name in DEVICES})
+
+
 def fill(text: str) -> str:
     """The README with its generated parts anew."""
-    for mark, make in (("layers", layer_table), ("bench", bench_table), ("gpu", lambda: bench_table(GPU_RESULTS))):
+    for mark, make in MADE.items():
         pattern = re.compile(rf"(<!-- {mark}: generated -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
     return text
+
+
+MADE: dict[str, Callable[[], str]] = {
+    "layers": layer_table,
+    "bench": bench_table,
+    "gpu": lambda: bench_table(GPU_RESULTS),
+    "devices": devices_table,
+}
 
 
 if __name__ == "__main__":

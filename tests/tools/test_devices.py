@@ -1,0 +1,92 @@
+"""Programs for an H100 and a TPU that are not here: each layer compiles, rows keep their memory. They run where the compilers are, as in CI."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers.check.contract import catalogue
+from layers.tools import bench_devices, devices, readme
+from layers.tools.llama_step import WAYS, make_step
+
+SMALL = {"vocab": 64, "width": 16, "depth": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 24, "batch": 2, "time": 8}
+
+
+def compiler(name):
+    return pytest.param(name, marks=pytest.mark.skipif(not devices.available(name), reason="its compiler is not installed: the extra 'aot'"))
+
+
+DEVICES = [compiler(name) for name in devices.DEVICES]
+
+
+def test_device_without_its_compiler_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    devices._sharding.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match=r"compiling for the NVIDIA H100 takes the package jax_cuda13_plugin: pip install .*\[aot\]"):
+        devices.compile_for("h100", jnp.sin, (jnp.ones(3),))
+    devices._sharding.cache_clear()
+
+
+def test_unknown_row_is_an_error():
+    with pytest.raises(ValueError, match="no row is named 'nothing'"):
+        bench_devices.main(["nothing"], "h100")
+
+
+def test_committed_figures_have_every_row_of_every_device():
+    results = json.loads(bench_devices.RESULTS.read_text())
+    assert set(results) == set(devices.DEVICES)
+    assert all(set(rows) == set(bench_devices.names()) for rows in results.values())
+    assert readme.devices_table().count("\n| ") == len(bench_devices.names())
+
+
+def test_both_ways_of_the_step_compute_the_same_loss():
+    losses = []
+    for way in WAYS:
+        step, shapes = make_step(way, SMALL)
+        params = jax.tree.map(drawn_by_shape, shapes[0])
+        moments = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
+        tokens = jax.random.randint(jax.random.key(1), shapes[2].shape, 0, SMALL["vocab"])
+        losses.append(jax.jit(step)(params, moments, tokens)[2])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
+
+
+def drawn_by_shape(x):
+    """A normal parameter, the same for one of this shape whatever the module that holds it is called."""
+    return 0.1 * jax.random.normal(jax.random.key(sum(x.shape)), x.shape, x.dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layer", catalogue(), ids=lambda c: c.__name__)
+def test_layer_compiles_forward_and_backward(device, layer):
+    args = layer.example(jax.random.key(0), jnp.bfloat16)
+    leaves, tree = jax.tree.flatten(args)
+    arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    moving = [i for i in arrays if jnp.issubdtype(leaves[i].dtype, jnp.floating)]
+
+    def gradient(*given):
+        def loss(*moved):
+            now = list(leaves)
+            for places, values in ((arrays, given), (moving, moved)):
+                for i, x in zip(places, values, strict=True):
+                    now[i] = x
+            outputs = jax.tree.leaves(layer.apply(*tree.unflatten(now)))
+            return sum(y.astype(jnp.float32).sum() for y in outputs if jnp.issubdtype(y.dtype, jnp.floating))
+
+        return jax.grad(loss, tuple(range(len(moving))))(*[given[arrays.index(i)] for i in moving])
+
+    assert devices.compile_for(device, gradient, tuple(leaves[i] for i in arrays)).memory_analysis() is not None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["attention", "stack_mlp_scanned", "linear_cross_entropy", "lstm", bench_devices.STEP])
+def test_memory_of_a_row_is_at_most_the_committed_figure(device, name):
+    committed = json.loads(bench_devices.RESULTS.read_text())[device][name]["ours"]
+    assert bench_devices.temp_bytes(name, device, ("ours",))["ours"] <= 1.02 * committed
+
+
+def test_step_on_one_gpu_takes_a_seventh_of_the_memory_of_the_plain_one():
+    rows = json.loads(bench_devices.RESULTS.read_text())["h100"][bench_devices.STEP]
+    assert rows["ours"] <= min(6.2e9, rows["idiomatic"] / 7)
