@@ -38,14 +38,18 @@ def einsum(spec: str, x: jax.Array, y: jax.Array, **options: Any) -> jax.Array:
         x, y: the operands.
         **options: those of `jax.lax.dot_general`; an `out_sharding` is that of a result whose axes stand in the order batch, `x`, `y`.
     """
+    return _einsum(spec, x, y, options, swap=True)
+
+
+def _einsum(spec: str, x: jax.Array, y: jax.Array, options: dict[str, Any], *, swap: bool) -> jax.Array:
     operands, out = spec.split("->")
     a, b = operands.split(",")
     more = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: x.ndim - len(a.replace("...", ""))]
     a, out = a.replace("...", more), out.replace("...", more)
     batch = "".join(c for c in out if c in a and c in b)
     own_a, own_b = ("".join(c for c in s if c in out and c not in batch) for s in (a, b))
-    if batch + own_a + own_b != out == batch + own_b + own_a:
-        return einsum(f"{b},{a}->{out}", y, x, **options)
+    if swap and batch + own_a + own_b != out:  # the order of `jnp.einsum`: where neither gives the result's, XLA's CPU compiler copies less with y first
+        return _einsum(f"{b},{a}->{out}", y, x, options, swap=False)
     summed = [c for c in a if c in b and c not in out]
     assert len(batch) + len(summed) + len(own_a) == len(a), f"{spec}: an axis of the first operand is nowhere else"
     dimensions = (([a.index(c) for c in summed], [b.index(c) for c in summed]), ([a.index(c) for c in batch], [b.index(c) for c in batch]))
