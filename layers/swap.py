@@ -76,6 +76,7 @@ class SwapReport:
     def __str__(self) -> str:
         lines = [f"swapped {len(self.swapped)} of {len(self.rows)} Flax layers"]
         lines += [f"  {r.path or '(root)'}: {r.layer} -> {r.twin or f'left, {r.left_because}'}" for r in self.rows]
+        lines.append("  what the model computes by its own code is for layers.rewrite: layers.advise(loss, model, ...) says what that would keep")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -106,14 +107,14 @@ def swap(model: Any, *, only: Choice = None, skip: Choice = None, fp8: bool = Fa
     return report
 
 
-def _swapped_apart(fn: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]] | None:
+def _swapped_apart(fn: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], Any] | None:
     """The function and its arguments with the layers of nnx modules swapped, in modules of their own; None where there are none to swap."""
     is_module = lambda x: isinstance(x, nnx.Module)
     leaves, tree = jax.tree.flatten((fn, args), is_leaf=is_module)
     reports = {i: swap(nnx.merge(*nnx.split(x))) for i, x in enumerate(leaves) if is_module(x)}
     if not any(r.swapped for r in reports.values()):
         return None
-    return tree.unflatten([reports[i].model if i in reports else x for i, x in enumerate(leaves)])
+    return *tree.unflatten([reports[i].model if i in reports else x for i, x in enumerate(leaves)]), lambda f: f
 
 
 WAYS["layers.swap(model)"] = _swapped_apart

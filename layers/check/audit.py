@@ -13,10 +13,11 @@ from layers.check.tables import bars, html_table, size, text_table
 NO_LAYER = "(no layer)"
 HEAD = ("size", "kind", "array", "layer", "made by", "source")
 
-WAYS: dict[str, Callable[[Any, tuple[Any, ...]], tuple[Any, tuple[Any, ...]] | None]] = {}
+WAYS: dict[str, Callable[[Any, tuple[Any, ...]], tuple[Any, tuple[Any, ...], Callable[..., Any]] | None]] = {}
 """Ways to keep less, by the line that a person writes.
 
-Each takes a function and its arguments and returns what is to be audited instead, or None where there is nothing that it could change.
+Each takes a function and its arguments and returns what is to be audited instead: a function, its arguments, and a transformation of the function
+over their arrays; or None where there is nothing that it could change.
 """
 
 
@@ -78,8 +79,15 @@ class Residuals:
     @cached_property
     def with_ways(self) -> dict[str, Residuals]:
         """The audits with each way to keep less taken, by the line that takes it."""
-        found = {line: self._of_way(way) for line, way in WAYS.items()}
-        return {line: audit for line, audit in found.items() if audit is not None}
+        found: dict[str, Residuals] = {}
+        for line, way in WAYS.items():
+            try:
+                audit = self._of_way(way)
+            except (TypeError, ValueError, NotImplementedError):  # a function that cannot be traced so
+                audit = None
+            if audit is not None:
+                found[line] = audit
+        return found
 
     @property
     def extra(self) -> int:

@@ -40,7 +40,11 @@ def residuals(fn: Callable[..., Any], *args: Any, wrt: int | Sequence[int] | Non
         TypeError: where no argument can be differentiated.
         ValueError: where `wrt` names an argument that there is not.
     """
-    fn = checks.function("residuals", "fn", fn)
+    return _audit(checks.function("residuals", "fn", fn), args, wrt, lambda f: f)
+
+
+def _audit(fn: Any, args: tuple[Any, ...], wrt: int | Sequence[int] | None, transform: Callable[..., Any]) -> Residuals:
+    """The audit of `fn`, transformed as a function of the arrays of its arguments."""
     title, whole = getattr(fn, "__name__", type(fn).__name__), fn
     given, first = args, int(isinstance(fn, nnx.Module))
     if isinstance(fn, nnx.Module):
@@ -57,14 +61,19 @@ def residuals(fn: Callable[..., Any], *args: Any, wrt: int | Sequence[int] | Non
         raise TypeError(f"residuals: no argument of {title} can be differentiated: at least one must hold floating-point arrays (see wrt)")
     with module_scopes(args) as note:
 
+        def of_leaves(*flat: Any) -> Any:
+            values = tree.unflatten(flat)
+            note(values)
+            return fn(*values)
+
+        transformed = transform(of_leaves)
+
         def run(*flat: Any) -> Any:
             def of_moving(*moved: Any) -> Any:
                 now = list(flat)
                 for i, x in zip(moving, moved, strict=True):
                     now[i] = x
-                values = tree.unflatten(now)
-                note(values)
-                return fn(*values)
+                return transformed(*now)
 
             return jax.vjp(of_moving, *[flat[i] for i in moving])
 
@@ -82,7 +91,7 @@ def residuals(fn: Callable[..., Any], *args: Any, wrt: int | Sequence[int] | Non
 
     def of_way(way: Any) -> Residuals | None:
         changed = way(whole, given)
-        return None if changed is None else residuals(changed[0], *changed[1], wrt=wrt)
+        return None if changed is None else _audit(changed[0], changed[1], wrt, changed[2])
 
     return Residuals(_rows(jaxpr, kept, used, names), title, again, of_way)
 

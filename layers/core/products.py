@@ -48,7 +48,9 @@ def _einsum(spec: str, x: jax.Array, y: jax.Array, options: dict[str, Any], *, s
     a, out = a.replace("...", more), out.replace("...", more)
     batch = "".join(c for c in out if c in a and c in b)
     own_a, own_b = ("".join(c for c in s if c in out and c not in batch) for s in (a, b))
-    if swap and batch + own_a + own_b != out:  # the order of `jnp.einsum`: where neither gives the result's, XLA's CPU compiler copies less with y first
+    if (
+        swap and batch + own_a + own_b != out
+    ):  # as `jnp.einsum` does: also where neither order gives the result's, XLA's CPU compiler copies less then
         return _einsum(f"{b},{a}->{out}", y, x, options, swap=False)
     summed = [c for c in a if c in b and c not in out]
     assert len(batch) + len(summed) + len(own_a) == len(a), f"{spec}: an axis of the first operand is nowhere else"

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from layers.core.numerics import wide
+from layers.core.products import einsum
 from layers.losses.linear_cross_entropy import linear_cross_entropy
 from layers.losses.softmax_cross_entropy import softmax_cross_entropy
 from layers.rewrite.follow import Follow
@@ -173,7 +174,7 @@ class Rule:
         if kernel is None:
             return x.astype(wide(x.dtype)).sum(-1)
         dtype = wide(kernel.dtype)
-        total = x.astype(dtype) @ kernel.astype(dtype).sum(1)
+        total = einsum("...i,i->...", x.astype(dtype), kernel.astype(dtype).sum(1))
         return total if bias is None else total + bias.astype(dtype).sum()
 
     def _inside(self, given: Any) -> Any:

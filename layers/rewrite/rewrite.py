@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from layers.check.audit import WAYS
 from layers.core import checks, compat
 from layers.rewrite.evaluation import Program
 from layers.rewrite.modules import changes, put_back, take_out, variables_of, write_back
@@ -164,3 +165,6 @@ def _divide(values: Any, graph: Any) -> tuple[Signature, list[Any]]:
 def _is_array(x: Any) -> bool:
     number = isinstance(x, (int, float, complex, np.generic)) and not isinstance(x, bool)
     return number or isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+
+WAYS["layers.rewrite(fn)"] = lambda fn, args: (fn, args, rewrite)
