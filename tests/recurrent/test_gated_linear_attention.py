@@ -112,7 +112,7 @@ def test_empty_batch_has_an_empty_gradient():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_error_is_not_above_that_of_autodiff(dtype):
     """Of the output, of the last state and of every gradient: what has faded most is added first, as a loop over steps does."""
-    args = tuple(a.astype(dtype) for a in draw(128, features=16, values=16, dtype=jnp.float32))
+    args = tuple(a.astype(dtype) for a in draw(128, heads=16, features=16, values=16, dtype=jnp.float32))  # enough for an average
     mine, theirs = (values_and_gradients(run, args) for run in (by_chunks_of(64), naive))
     with jax.enable_x64(True):
         exact = jax.tree.map(np.asarray, values_and_gradients(naive, tuple(a.astype(jnp.float64) for a in args)))
