@@ -48,8 +48,6 @@ def mean_root(mean_square: jax.Array, epsilon: Any, scale: float) -> jax.Array:
     return root if scale == 1.0 else jnp.minimum(root / scale, jnp.finfo(root.dtype).max)  # rounding may lift it above the largest entry
 
 
-def reciprocal_factors(root: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two factors of 1 / root, of which neither is subnormal; their product is 0 for 0. The first is 1 but for a very large root."""
-    exponent = jnp.finfo(root.dtype).maxexp
-    first = jnp.where(root > 2.0 ** (exponent // 2), jnp.asarray(2.0 ** (-exponent // 8), root.dtype), jnp.ones((), root.dtype))
-    return first, safe_reciprocal(root * first)
+def reciprocal_factors(root: jax.Array) -> tuple[float, jax.Array]:
+    """Two factors of 1 / root, the second 0 for 0. Neither is subnormal for any root, as 1 / root is for the largest."""
+    return 0.25, safe_reciprocal(root * 0.25)

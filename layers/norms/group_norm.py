@@ -28,7 +28,7 @@ from layers.core import checks
 from layers.core.function import Function
 from layers.core.recompute import barrier
 from layers.norms import arguments, statistics
-from layers.norms.statistics import affine, as_computed, by_root, standardized, weighted
+from layers.norms.statistics import affine, as_computed, by_root, standard_factors, standardized, weighted
 
 
 class GroupNormFunction(Function):
@@ -52,11 +52,11 @@ class GroupNormFunction(Function):
         group, scale_w = replace(over, axes=(-1,)), as_computed(scale, ctx.dtype)
         spread = lambda sums: _by_feature(group.total(_grouped(affine(sums, scale_w, None), num_groups)), x.shape[-1])
 
-        dy, xhat = as_computed(dy, ctx.dtype), standardized(as_computed(x, ctx.dtype), mean, root, mask)
-        sum_dy, sum_dy_xhat = dy.sum(space, keepdims=True), (dy * xhat).sum(space, keepdims=True)
-        weight = over.weight(_grouped(xhat, num_groups), _grouped(mask, num_groups))
+        dy, (centred, factor) = as_computed(dy, ctx.dtype), standard_factors(as_computed(x, ctx.dtype), mean, root, mask)  # x̂ is their product
+        sum_dy, sum_dy_xhat = dy.sum(space, keepdims=True), (dy * centred).sum(space, keepdims=True) * factor
+        weight = over.weight(_grouped(centred, num_groups), _grouped(mask, num_groups))
         weight = weight if isinstance(weight, float) else weight.reshape(x.shape)
-        dx = by_root(affine(dy, scale_w, None) - weighted(spread(sum_dy) + spread(sum_dy_xhat) * xhat, weight), root)
+        dx = by_root(affine(dy, scale_w, None) - weighted(spread(sum_dy) + (spread(sum_dy_xhat) * factor) * centred, weight), root)
         batch = tuple(range(x.ndim - 1))
         return dx, None if scale is None else sum_dy_xhat.sum(batch), sum_dy.sum(batch) if ctx.has_bias else None, None, None
 

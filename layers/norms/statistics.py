@@ -75,9 +75,8 @@ class Over:
         """Mean, variance and (variance + epsilon)^1/2."""
 
         def of_multiple(scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-            xs = _times(x, scale)
-            mean = self.mean(xs, weight)
-            var = self.mean(jnp.square(xs if self.fast else xs - mean), weight)
+            mean = self.mean(_times(x, scale), weight)
+            var = self.mean(_square(x, None if self.fast else mean, scale), weight)
             var = jnp.maximum(var - mean * mean, 0) if self.fast else var
             return _times(mean, 1 / scale), _times(_times(var, 1 / scale), 1 / scale), mean_root(var, epsilon, scale)
 
@@ -95,15 +94,21 @@ def as_computed(x: Any, dtype: Any) -> Any:
 
 def standardized(x: jax.Array, mean: Any, root: jax.Array, mask: Any = None) -> jax.Array:
     """x̂ = (x - mean) / root; 0 where the root is, and for what is masked and not finite, so that it gets nowhere. A mean of None is none."""
+    centred, factor = standard_factors(x, mean, root, mask)
+    return centred * factor
+
+
+def standard_factors(x: jax.Array, mean: Any, root: jax.Array, mask: Any = None) -> tuple[jax.Array, jax.Array]:
+    """What x̂ is the product of: an array like x, and one like root."""
     first, second = reciprocal_factors(root)
-    xhat = (x * first if mean is None else x * first - mean * first) * second
-    return xhat if mask is None else jnp.where((mask != 0) | jnp.isfinite(xhat), xhat, 0)
+    centred = x * first if mean is None else x * first - mean * first
+    return centred if mask is None else jnp.where((mask != 0) | jnp.isfinite(centred * second), centred, 0), second
 
 
 def by_root(x: jax.Array, root: jax.Array) -> jax.Array:
     """x / root; 0 where the root is."""
     first, second = reciprocal_factors(root)
-    return x * second * first
+    return x * first * second
 
 
 def weighted(x: jax.Array, weight: Any) -> jax.Array:
@@ -113,6 +118,15 @@ def weighted(x: jax.Array, weight: Any) -> jax.Array:
 
 def _times(x: jax.Array, scale: float) -> jax.Array:
     return x if scale == 1.0 else x * scale
+
+
+def _square(x: jax.Array, mean: jax.Array | None, scale: float) -> jax.Array:
+    """(scale x - mean)², of which no multiple of x stands elsewhere: XLA would keep a whole array of it."""
+    if scale == 1.0:
+        return jnp.square(x if mean is None else x - mean)
+    if mean is None:
+        return (x * (scale / 2)) * (x * (scale * 2))
+    return jnp.square((x / 2 - mean / (2 * scale)) * (2 * scale))
 
 
 def affine(x: jax.Array, scale: Any, bias: Any) -> jax.Array:
