@@ -23,7 +23,7 @@ from layers.core import checks
 from layers.core.function import Function
 from layers.core.recompute import barrier
 from layers.norms import arguments, statistics
-from layers.norms.statistics import ROWS, affine, as_computed, by_root, factor, standardized, weighted
+from layers.norms.statistics import ROWS, affine, as_computed, by_root, factor, standard_factors, standardized, weighted
 
 
 class RMSNormFunction(Function):
@@ -41,10 +41,10 @@ class RMSNormFunction(Function):
         statistics.refuse_gradient_of_epsilon("rms_norm", ctx.needs_input_grad[2])
 
         def grads(dy, x, root):
-            dy, xhat = as_computed(dy, dtype), standardized(as_computed(x, dtype), None, root, mask)
+            dy, (xs, by) = as_computed(dy, dtype), standard_factors(as_computed(x, dtype), None, root, mask)  # x̂ = xs by
             g = affine(dy, factor(scale, ctx.scale_offset, dtype), None)
-            dx = by_root(g - weighted(xhat * over.total(g * xhat), over.weight(xhat, mask)), root)
-            return dx.astype(x.dtype), statistics.sum_to(dy * xhat, scale)
+            dx = by_root(g - weighted(xs * (over.total(g * xs) * by * by), over.weight(xs, mask)), root)
+            return dx.astype(x.dtype), statistics.sum_to(dy * xs * by, scale)
 
         if mask is None and over.by_rows() and statistics.has_blocks(x):
             dx, dscale = statistics.in_row_blocks(grads, (dy, x, root))
