@@ -20,6 +20,7 @@ from flax.nnx.nn import dtypes
 
 from layers.attention.dot_product_attention import dot_product_attention
 from layers.core import checks
+from layers.core.products import products_are_patched
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
@@ -108,7 +109,7 @@ def attend(
     **others: Any,
 ) -> jax.Array:
     """`flax.nnx.dot_product_attention` by `layers.dot_product_attention`: an `attention_fn` for Flax's modules."""
-    if module is not None or (precision is not None and dropout_rate > 0):
+    if module is not None or (precision is not None and dropout_rate > 0) or products_are_patched():
         return nnx.dot_product_attention(
             query,
             key,

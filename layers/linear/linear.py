@@ -134,6 +134,6 @@ class Linear(nnx.Linear):
 
     def _checked(self, inputs: Any) -> jax.Array:
         x = checks.array("Linear", "inputs", inputs, "any")
-        if x.ndim < 1 or x.shape[-1] != self.in_features:
-            raise ValueError(f"Linear: inputs has shape {x.shape}, but must be (..., in_features) with in_features = {self.in_features}")
+        if x.ndim < 1 or x.shape[-1] != self.kernel.shape[0]:  # modules derived from this one for Linen have no in_features
+            raise ValueError(f"Linear: inputs has shape {x.shape}, but must be (..., in_features) with in_features = {self.kernel.shape[0]}")
         return x

@@ -174,7 +174,7 @@ def test_swap_puts_it_where_sizes_and_options_allow_it():
     model, x = Model(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (20, 32))
     before = model(x)
     report = layers.swap(model, fp8=True)
-    assert [type(m) for m in (model.fits, model.odd, model.precise, model.ours)] == [Fp8Linear, layers.Linear, layers.Linear, Fp8Linear]
+    assert [type(m) for m in (model.fits, model.odd, model.precise, model.ours)] == [Fp8Linear, layers.Linear, nnx.Linear, Fp8Linear]
     assert "fits: Linear -> layers.Fp8Linear" in str(report)
     assert 0 < relative(model(x), before) < 0.06
 

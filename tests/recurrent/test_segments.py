@@ -219,7 +219,7 @@ def test_first_sequence_alone_starts_from_the_initial_state(name):
 def test_lengths_and_ids_are_taken_together(name, reverse):
     """Padding changes nothing, whatever its ids; the last real step is where a reversed row starts."""
     with jax.enable_x64(True):
-        (x,), weights = arguments(name)
+        (x,), weights = arguments("gru, reverse, gates" if name == "gru" else name)
         lengths = np.array([7, 4])
         states = tuple(draw(30 + i, (BATCH, 2)) for i in range(2 if name == "lstm" else 1))
         start = states if name == "lstm" else states[0]
@@ -262,10 +262,8 @@ def test_module_with_a_cell_of_its_own_refuses_ids(cell):
 @pytest.mark.parametrize("name", ["selective_scan", "gated_linear_attention", "lstm"])
 def test_ids_take_no_memory_worth_a_state(name):
     """Beside the temporaries of the whole without ids, no more than a few bytes a step."""
-    rows, weights = (
-        tuple(jax.ShapeDtypeStruct((4, 512, *x.shape[2:]) if i == 0 else x.shape, jnp.float32) for x in part)
-        for i, part in enumerate(arguments(name))
-    )
+    _, of_rows, of_weights = CASES[name]
+    rows, weights = (tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in part) for part in ([(4, 512, *s) for s in of_rows], of_weights))
     ids = jnp.zeros((4, 512), jnp.int32)
     run = lambda given: lambda rows, weights, ids: loss(CASES[name][0](rows, weights, segment_ids=ids if given else None))
     without, packed = (temp_bytes(jax.grad(run(given), (0, 1)), rows, weights, ids) for given in (False, True))
