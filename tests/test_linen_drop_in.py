@@ -69,7 +69,8 @@ def test_model_of_people_s_make_has_the_same_variables_values_and_losses_and_tak
     np.testing.assert_allclose(our_losses, their_losses, rtol=2e-4)
     assert_trees_close(our_end.get("batch_stats", {}), their_end.get("batch_stats", {}), rtol=1e-2, atol=1e-3)
     joined = jax.tree.leaves(ours["params"].get("LSTMCell_0", {}))  # kernels of the gates of a cell, joined, with their gradients and biases
-    assert our_memory <= their_memory + 3 * sum(k.nbytes for k in joined)
+    guarded = jax.tree.leaves(ours.get("batch_stats", {}))  # our norms hold a second mean, variance and root, for squares that overflow
+    assert our_memory <= their_memory + 3 * sum(k.nbytes for k in joined) + 2 * sum(x.nbytes for x in guarded)
 
 
 X = jnp.sin(jnp.arange(2 * 6 * 8.0)).reshape(2, 6, 8)
