@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from layers.core.machine import on_accelerator
 from layers.core.products import einsum
@@ -47,9 +46,3 @@ def safe_reciprocal(x: jax.Array) -> jax.Array:
     """1 / x, and 0 where x is 0; its derivative is finite there too."""
     zero = x == 0
     return jnp.where(zero, 0, 1 / jnp.where(zero, 1, x))
-
-
-def safe_rsqrt(x: jax.Array) -> jax.Array:
-    """x^-1/2, and 0 where x is 0: a row without variance and without epsilon has the output and the gradient 0."""
-    zero = x == 0
-    return jnp.where(zero, 0, lax.rsqrt(jnp.where(zero, 1, x)))
