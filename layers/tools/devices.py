@@ -68,6 +68,7 @@ def _sharding(name: str) -> Any:
         raise ModuleNotFoundError(f'compiling for the {device.title} takes the package {device.plugins[0]}: pip install "vjp-layers[aot]"')
     if device.platform == "tpu":
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for the machine that it is on
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and lock it against other processes: a compiler serves any number
     topology, options = device.topology
     return jax.sharding.SingleDeviceSharding(topologies.get_topology_desc(topology, device.platform, **options).devices[0])
 
