@@ -37,9 +37,19 @@ def scaled(q: jax.Array, scale: Any) -> tuple[jax.Array, float]:
     return q, float(max(q.shape[3], 1) ** -0.5 if scale is None else scale or 0.0)
 
 
+def cleared(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x, and 0 where weight is 0 and x infinite or NaN: what does not count is not touched."""
+    return jnp.where((weight == 0) & ~jnp.isfinite(x), 0, x)
+
+
 def product(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """weight x, and 0 where weight is 0 and x infinite or NaN: what does not count is not touched. The derivative by weight is x if it is finite."""
-    return weight * jnp.where((weight == 0) & ~jnp.isfinite(x), 0, x)
+    """weight x, and 0 where weight is 0 and x infinite or NaN. The derivative by weight is x if it is finite."""
+    return weight * cleared(x, weight)
+
+
+def slope_along(gradient: jax.Array, tangent: jax.Array) -> jax.Array:
+    """Σ gradient tangent, where 0 times anything is 0, on either side."""
+    return product(cleared(tangent, gradient), gradient).sum()
 
 
 def safe_reciprocal(x: jax.Array) -> jax.Array:

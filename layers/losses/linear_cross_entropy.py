@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from layers.core.function import Function
-from layers.core.numerics import product, wide
+from layers.core.numerics import slope_along, wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
 from layers.losses.arguments import as_batch, check_head, check_labels, read_options
@@ -81,7 +81,7 @@ class LinearCrossEntropyFunction(Function):
         if not ctx.in_forward:
             return _recomputed_tangents(ctx, *tangents)
         gradients, scale = ctx.saved_tensors
-        slope = sum(product(g, t).sum() for g, t in zip(gradients, tangents, strict=False) if g is not None)
+        slope = sum(slope_along(g, t) for g, t in zip(gradients, tangents, strict=False) if g is not None)
         return slope if scale is None else slope * scale, None, None, None, None
 
     @staticmethod

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float
 
 from layers.core import checks
 from layers.core.function import Function
-from layers.core.numerics import product, safe_reciprocal, wide
+from layers.core.numerics import product, safe_reciprocal, slope_along, wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
 from layers.losses.arguments import as_batch, check_head, check_where, read_options
@@ -84,7 +84,7 @@ class LinearJSDFunction(Function):
     def jvp(ctx, dx, dkernel, dbias, *_):
         if ctx.in_forward:
             gradients, scale = ctx.saved_tensors
-            terms = (product(g, t).sum() for g, t in zip(gradients, (dx, dkernel, dbias), strict=True) if g is not None)
+            terms = (slope_along(g, t) for g, t in zip(gradients, (dx, dkernel, dbias), strict=True) if g is not None)
             return scale * sum(terms, jnp.zeros_like(scale))
         x, kernel, bias, teacher_x, teacher_kernel, teacher_bias, where, stats = ctx.saved_tensors
         head, teacher, options = Head(kernel, bias), Head(teacher_kernel, teacher_bias), ctx.options

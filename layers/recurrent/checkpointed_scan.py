@@ -22,11 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import eval_jaxpr
 from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 from jaxtyping import PyTree
 
 from layers.core import checks, compat
+from layers.core.trees import is_inexact
 from layers.recurrent.kept_carries import Step, keep_each
 
 STEPS = "[0, 2147483647]"
@@ -123,11 +125,24 @@ def checkpointed_while(
         return state
 
     def step(state: Any, _: None) -> tuple[Any, None]:
-        return lax.cond(cond_fun(state), body_fun, lambda s: s, state), None
+        going_on = cond_fun(state)
+        return lax.cond(going_on, partial(_while_going_on, body_fun), lambda _, s: s, going_on, state), None
 
     if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
         state = compat.vary_like(state, lambda s: step(s, None)[0], jax.eval_shape(step, state, None))
     return _Cut(step, guard=cond_fun)(state, None, max_steps, sizes)[0]
+
+
+def _while_going_on(body_fun: Callable[[Any], Any], going_on: Any, state: Any) -> Any:
+    """`body_fun(state)`, all of whose gradients are 0 where `going_on` is not set.
+
+    Under `jax.vmap` it is computed for elements that have ended as well, from a state for which it need not be defined: what comes back from there
+    may be 0 times infinity. So whatever it depends on is held where it has ended.
+    """
+    closed, shapes = jax.make_jaxpr(body_fun, return_shape=True)(state)
+    hold = lambda x: jnp.where(going_on, x, lax.stop_gradient(x)) if is_inexact(x) else x
+    outs = eval_jaxpr(closed.jaxpr, [hold(c) for c in closed.consts], *map(hold, jax.tree.leaves(state)))
+    return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ Backward  dy_t = silu(z_t) dout_t,   dz_t = y_t silu'(z_t) dout_t,   dD = Σ u_t
 
 Saved: the arguments and the state at the start of every chunk of `CHUNK` steps. Backward computes the states of a chunk again, so that the
 states of the whole sequence, `state` times the size of u, are nowhere at once. States lie as (batch, state, features): sums over states are
-then sums of rows. Where a packed sequence starts, exp(d_t A) h_{t-1} and its gradient are 0.
+then sums of rows. Where a packed sequence starts, exp(d_t A) h_{t-1} and its gradient are 0, and so they are where A is -inf.
 
 Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023, section 3.3.
 """
@@ -134,9 +134,22 @@ class SelectiveScanFunction(Function):
 
 
 def _parameters(x: Inputs) -> tuple[jax.Array, Any]:
-    """A as (state, features), and D or 0."""
+    """A as (state, features), the least finite number for -inf, and D or 0."""
     dtype = wide(x.u.dtype)
-    return x.a.T.astype(dtype), 0 if x.d is None else x.d.astype(dtype)
+    return jnp.maximum(x.a.T.astype(dtype), jnp.finfo(dtype).min), 0 if x.d is None else x.d.astype(dtype)
+
+
+@jax.custom_jvp
+def _fade(rate: jax.Array, a: jax.Array) -> jax.Array:
+    """exp(rate a); where it is 0 its tangent is 0 however large `a` is."""
+    return jnp.exp(rate * a)
+
+
+@_fade.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (rate, a), (drate, da) = primals, tangents
+    fade = _fade(rate, a)
+    return fade, (fade * a) * drate + (fade * rate) * da
 
 
 def _first_state(x: Inputs) -> jax.Array:
@@ -155,7 +168,7 @@ def _forward(x: Inputs, resets: Any, softplus: bool, size: int) -> tuple[jax.Arr
 
         def one(h, t):
             rate, drive, b, c, reset = t
-            h = restart(reset, jnp.exp(rate[:, None] * a) * h) + drive[:, None] * b[:, :, None]
+            h = restart(reset, _fade(rate[:, None], a) * h) + drive[:, None] * b[:, :, None]
             return h, (h * c[:, :, None]).sum(1)
 
         if on_accelerator():
@@ -173,13 +186,13 @@ def _forward(x: Inputs, resets: Any, softplus: bool, size: int) -> tuple[jax.Arr
 def _states(a: jax.Array, chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """exp(d_t A), exp(d_t A) h_{t-1} and h_t for the steps of a chunk."""
     if on_accelerator():
-        fade = jnp.exp(chunk.rate[:, :, None] * a)
+        fade = _fade(chunk.rate[:, :, None], a)
         h = run(fade, chunk.drive[:, :, None] * chunk.b[..., None], state, chunk.resets)
         return fade, restart(chunk.resets, fade * before(state, h)), h
 
     def one(h, t):
         rate, drive, b, reset = t
-        fade = jnp.exp(rate[:, None] * a)
+        fade = _fade(rate[:, None], a)
         decayed = restart(reset, fade * h)
         h = decayed + drive[:, None] * b[:, :, None]
         return h, (fade, decayed, h)
@@ -235,7 +248,7 @@ def selective_scan(
     Args:
         u: inputs.
         delta: step sizes.
-        A: rates, negative for a state that fades.
+        A: rates, negative for a state that fades; -inf for one that is forgotten at once.
         B: how the input enters each state.
         C: how each state is read.
         D: the share of the input that goes straight to the output; None for 0.

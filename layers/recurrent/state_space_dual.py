@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from layers.core import checks
-from layers.core.elementwise import SILU
+from layers.core.elementwise import SILU, differentiable
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.products import einsum
@@ -113,12 +114,18 @@ def _body(softplus: bool) -> Any:
         raw = dt if bias is None else dt + bias
         rate = jax.nn.softplus(raw) if softplus else raw
         first = lambda x: padded(jnp.moveaxis(x, 1, 2), chunk)
-        state, y = _read(state, first(c), first(b), first(rate[..., None] * x), first((rate * a)[..., None]), runs, chunk)
+        state, y = _read(state, first(c), first(b), first(rate[..., None] * x), first(_exponent(rate, a)[..., None]), runs, chunk)
         y = jnp.moveaxis(y, 2, 1)[:, : x.shape[1]]
         y = y if d is None else y + d[:, None] * x
-        return state, y if z is None else y * SILU.value(z)
+        return state, y if z is None else y * differentiable(SILU)(z)
 
     return body
+
+
+def _exponent(rate: jax.Array, a: jax.Array) -> jax.Array:
+    """rate a; without a gradient where `a` is -inf and nothing is left of the state."""
+    forgets, least = a == -jnp.inf, jnp.finfo(a.dtype).min
+    return jnp.where(forgets, lax.stop_gradient(rate) * least, rate * jnp.where(forgets, 0, a))
 
 
 def _read(state: jax.Array, c: jax.Array, b: jax.Array, v: jax.Array, g: jax.Array, runs: Runs | None, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -166,7 +173,7 @@ def state_space_dual(
     Args:
         x: inputs.
         dt: step sizes.
-        A: the rate of each head, negative for a state that fades.
+        A: the rate of each head, negative for a state that fades; -inf for one that is forgotten at once.
         B: how the input enters each state, for each group of successive heads.
         C: how each state is read, the same.
         D: the share of the input that goes straight to the output; None for 0.

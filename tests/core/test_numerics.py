@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.core.numerics import dot, safe_reciprocal, wide
+from layers.core.numerics import dot, safe_reciprocal, slope_along, wide
 from layers.core.recompute import barrier
 
 
@@ -39,6 +39,13 @@ def test_reciprocal_of_zero_is_zero_with_a_finite_derivative():
     np.testing.assert_allclose(safe_reciprocal(x), [0.0, 0.5, -2.0])
     np.testing.assert_allclose(jax.grad(lambda x: safe_reciprocal(x).sum())(x), [0.0, -0.25, -4.0])
     np.testing.assert_allclose(jax.jvp(safe_reciprocal, (x,), (jnp.ones(3),))[1], [0.0, -0.25, -4.0])
+
+
+def test_slope_takes_0_times_anything_for_0():
+    gradient, tangent = jnp.array([2.0, 0.0, jnp.inf, jnp.nan, 3.0]), jnp.array([0.5, jnp.inf, 0.0, 0.0, 0.0])
+    assert slope_along(gradient, tangent) == 1
+    assert jnp.isnan(slope_along(gradient, tangent.at[3].set(1.0)))
+    np.testing.assert_array_equal(jax.grad(slope_along, 1)(gradient, tangent)[jnp.array([0, 4])], [2.0, 3.0])
 
 
 def test_barrier_changes_no_value_and_no_structure():

@@ -209,6 +209,21 @@ def test_while_under_vmap_ends_each_element_on_its_own():
     np.testing.assert_allclose(grads, [jax.grad(by_hand)(x, 1.0, int(n)) for x, n in zip(a, steps, strict=True)], rtol=1e-3)
 
 
+def test_while_under_vmap_is_not_touched_by_what_the_body_is_after_an_element_has_ended():
+    """x -> x - √x w ends at or before 0, where √ has no derivative; the first element has ended before its first step, at a state below 0."""
+
+    def value_and_grads(x, w):
+        return jax.value_and_grad(lambda x, w: checkpointed_while(lambda x: x > 0, lambda x: x - jnp.sqrt(x) * w, x, max_steps=9, budget=7), (0, 1))(
+            x, w
+        )
+
+    xs, w = jnp.array([-1.0, 0.0, 1.0, 4.0, 2.0]), jnp.float32(1.0)
+    together = jax.jit(jax.vmap(value_and_grads, (0, None)))(xs, w)
+    alone = [value_and_grads(x, w) for x in xs]
+    assert np.isfinite(jax.tree.leaves(together)).all()
+    assert_trees_close(together, jax.tree.map(lambda *rows: jnp.stack(rows), *alone), rtol=1e-6)
+
+
 @pytest.mark.parametrize("max_steps", [0, 3])
 def test_while_stops_at_the_bound(max_steps):
     x, slope = jax.value_and_grad(lambda x: checkpointed_while(lambda x: True, lambda x: 2 * x, x, max_steps=max_steps))(jnp.float32(1.5))
