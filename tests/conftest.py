@@ -33,6 +33,23 @@ MEMORY = 3 * 2**29
 """Bytes a worker may hold after a test before it drops what JAX keeps: every program that was compiled, a megabyte and a half each."""
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n`, a file's tests stay with one worker, which compiles what they share once; of the contract, whose tests share nothing, each goes alone.
+
+    What xdist calls scopes it hands out by their number of tests, so the contract comes last and both workers end at the same time.
+    """
+    if config.option.dist != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if nodeid.startswith("tests/test_contract.py") else nodeid.split("::")[0]
+
+    return ByFile(config, log)
+
+
 def pytest_runtest_teardown(item, nextitem):
     if nextitem is None or nextitem.path != item.path or _resident() > MEMORY:
         jax.clear_caches()
