@@ -25,6 +25,7 @@ from layers.check.gradcheck import gradgradcheck as gradgradcheck
 from layers.check.residuals import residuals as residuals
 from layers.core.custom_vjp import custom_vjp as custom_vjp
 from layers.core.custom_vjp import from_custom_vjp as from_custom_vjp
+from layers.core.engine import engine as engine
 from layers.core.function import Function as Function
 from layers.core.function import forward_mode as forward_mode
 from layers.core.function import once_differentiable as once_differentiable

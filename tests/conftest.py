@@ -1,7 +1,7 @@
 """Every test runs on 8 CPU devices with float64 available through `jax.enable_x64`.
 
 `JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest` runs them on a GPU instead, where those of several devices and of the memory that
-XLA plans on a CPU do not hold.
+XLA plans on a CPU do not hold. `LAYERS_ENGINE=custom_vjp` runs them with the other engine, without those of the marker `linear_engine`.
 """
 
 import ctypes
@@ -48,6 +48,11 @@ def pytest_xdist_make_scheduler(config, log):
             return nodeid if nodeid.startswith("tests/test_contract.py") else nodeid.split("::")[0]
 
     return ByFile(config, log)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("linear_engine") and os.environ.get("LAYERS_ENGINE", "linear") != "linear":
+        pytest.skip("needs the engine 'linear'")
 
 
 def pytest_runtest_teardown(item, nextitem):

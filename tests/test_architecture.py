@@ -59,10 +59,9 @@ def test_core_knows_neither_flax_nor_anything_but_jax_and_numpy(path):
         assert top in {"jax", "numpy", "layers"} | set(sys.stdlib_module_names), f"{path.name}:{line} imports {name}"
 
 
-def test_private_parts_of_jax_are_touched_in_compat_only():
-    for path in FILES:
-        for name, line in imports(path):
-            assert not name.startswith("jax._src") or path.name == "compat.py", f"{path}:{line} imports {name}"
+def test_private_parts_of_jax_are_touched_in_compat_by_the_table_of_private_names():
+    assert [p.name for p in FILES if "jax._src" in p.read_text()] == ["private.py"]
+    assert {p.name for p in FILES if "private.FOUND" in p.read_text()} == {"compat.py"}
 
 
 JITTED_PRODUCTS = {"matmul", "einsum", "dot", "vdot", "vecdot", "matvec", "vecmat", "tensordot", "inner", "outer", "kron", "cov", "convolve"}
@@ -86,9 +85,18 @@ def test_products_call_dot_general_themselves(path):
         assert not hidden and not isinstance(getattr(node, "op", None), ast.MatMult), f"{path}:{getattr(node, 'lineno', 0)} hides a product"
 
 
-def test_custom_vjp_is_used_by_the_benchmark_only():
+def test_custom_vjp_is_used_by_its_engine_and_the_benchmark_only():
     users = [p for p in FILES if re.search(r"jax\.custom_vjp\(|@jax\.custom_vjp", p.read_text())]
-    assert [p.name for p in users] == ["bench_function.py"]
+    assert [p.name for p in users] == ["engine_custom_vjp.py", "bench_function.py"]
+
+
+def test_engine_of_custom_vjp_uses_public_names_of_jax_alone():
+    path = PACKAGE / "core" / "engine_custom_vjp.py"
+    assert all(name.split(".")[1] != "interpreters" for name, _ in imports(path) if name.startswith("jax."))
+    assert {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "compat"} == {
+        "is_key",
+        "varying_axes",
+    }
 
 
 def test_there_is_no_import_cycle():

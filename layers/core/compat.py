@@ -1,26 +1,25 @@
 """Every touch of JAX that is private or differs between releases, in one place.
 
-Written against JAX 0.10 (the newest for Python 3.11) and 0.12.
+Written against JAX 0.10 (the newest for Python 3.11) and 0.12. The private names, and what is lost where a release has moved one: `core/private.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax._src import source_info_util
-from jax._src.core import set_current_trace, take_current_trace, unmapped_aval
-from jax._src.interpreters.ad import LinearizeTrace, LinearizeTracer
-from jax._src.interpreters.partial_eval import dce_jaxpr
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Literal, Primitive
-from jax.interpreters import ad, batching, mlir
-from jax.tree_util import default_registry
+from jax.extend.core import Literal
+from jax.sharding import AxisType
+
+from layers.core import private
 
 __all__ = [
     "Literal",
@@ -48,6 +47,8 @@ __all__ = [
     "zeros",
 ]
 
+_jax: Any = SimpleNamespace(**private.FOUND)
+
 
 def is_key(x: Any) -> bool:
     """Whether `x` (an array or its type) is a typed PRNG key array."""
@@ -56,6 +57,9 @@ def is_key(x: Any) -> bool:
 
 def tangent_type(aval: Any) -> Any:
     """The type of a tangent of a value of type `aval`: the same for floats, `float0` for the rest."""
+    if _jax.to_tangent_aval is None or _jax.strip_weak_type is None:
+        dtype = aval.dtype if jnp.issubdtype(aval.dtype, np.inexact) else jax.dtypes.float0
+        return jax.ShapeDtypeStruct(aval.shape, dtype, sharding=getattr(aval, "sharding", None))
     return aval.to_tangent_aval().strip_weak_type()
 
 
@@ -77,7 +81,7 @@ def match_placement(x: jax.Array, aval: Any) -> jax.Array:
     if want - have:
         x = lax.pcast(x, tuple(sorted(want - have)), to="varying")
     sharding = getattr(aval, "sharding", None)
-    if sharding is None or sharding.mesh.empty or not sharding.mesh._any_axis_explicit:
+    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
         return x
     return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
 
@@ -85,7 +89,7 @@ def match_placement(x: jax.Array, aval: Any) -> jax.Array:
 def is_explicit(aval: Any) -> bool:
     """Whether a type says that it is sharded over explicit axes of a mesh."""
     sharding = getattr(aval, "sharding", None)
-    return sharding is not None and not sharding.mesh.empty and sharding.mesh._any_axis_explicit and any(p is not None for p in sharding.spec)
+    return sharding is not None and AxisType.Explicit in sharding.mesh.axis_types and any(p is not None for p in sharding.spec)
 
 
 def zeros(aval: Any) -> jax.Array:
@@ -108,7 +112,7 @@ def on_first_device(x: jax.Array, axes: Sequence[str]) -> jax.Array:
 
 def with_leading_axis(aval: Any, axis: Any) -> Any:
     """The type of a batch of `axis.size` values of type `aval`."""
-    return unmapped_aval(axis.size, 0, aval, axis.explicit_mesh_axis)
+    return _jax.unmapped_aval(axis.size, 0, aval, axis.explicit_mesh_axis)
 
 
 def depends_on(fn: Callable[..., Any], args: Sequence[Any], marked: Sequence[bool]) -> list[bool]:
@@ -147,8 +151,9 @@ def vary_like(carry: Any, step: Callable[[Any], Any], *beside: Any) -> Any:
 
 def children(node: Any) -> tuple[Sequence[Any], Any] | None:
     """The direct children of a pytree node and its key data, or None for a leaf."""
-    flat = default_registry.flatten_one_level(node)
-    return None if flat is None else (list(flat[0]), flat[1])
+    parts, tree = jax.tree.flatten(node, is_leaf=lambda x: x is not node)
+    data = tree.node_data()
+    return None if data is None else (parts, data[1])
 
 
 def linearized(arrays: Sequence[Any], rule: Callable[..., tuple[list[Any], Callable[[list[Any]], list[Any]]]]) -> list[Any] | None:
@@ -157,18 +162,20 @@ def linearized(arrays: Sequence[Any], rule: Callable[..., tuple[list[Any], Calla
     What `jax.custom_jvp` does there, less the partial evaluation that finds out which part of its rule is linear: `rule(primals, moving)`
     says so itself. It returns the outputs, and their tangents as a function of those of the arrays that move.
     """
-    with take_current_trace() as trace:
-        if not isinstance(trace, LinearizeTrace):
+    if private.missing(private.SHORT_WAY):
+        return None
+    with _jax.take_current_trace() as trace:
+        if not isinstance(trace, _jax.LinearizeTrace):
             return None
         primals, tangents = zip(*map(trace.to_primal_tangent_pair, arrays), strict=True)
-        moving = tuple(type(t) is not ad.Zero and jax.typeof(t).dtype != jax.dtypes.float0 for t in tangents)
+        moving = tuple(type(t) is not _jax.Zero and jax.typeof(t).dtype != jax.dtypes.float0 for t in tangents)
         if not any(moving):
             return None
-        with set_current_trace(trace.parent_trace):
+        with _jax.set_current_trace(trace.parent_trace):
             outputs, push = rule(primals, moving)
-        with set_current_trace(trace.tangent_trace), source_info_util.set_name_stack(trace._name_stack_suffix()):
+        with _jax.set_current_trace(trace.tangent_trace), _jax.set_name_stack(trace._name_stack_suffix()):
             dots = push([t for t, m in zip(tangents, moving, strict=True) if m])
-        return [y if type(t) is SymbolicZero else LinearizeTracer(trace, y, t) for y, t in zip(outputs, dots, strict=True)]
+        return [y if type(t) is SymbolicZero else _jax.LinearizeTracer(trace, y, t) for y, t in zip(outputs, dots, strict=True)]
 
 
 def define_linear_primitive(
@@ -185,25 +192,27 @@ def define_linear_primitive(
     `jvp` gets `None` for a tangent that is zero and may return `None`; `transpose` gets `None` for a cotangent that is zero
     and, in place of each operand, the operand or `None` where its cotangent is wanted; `batch` gets the axis (`.size`, `.name`, `.spmd_name`).
     """
-    primitive = Primitive(name)
+    if private.missing(private.LINEAR):
+        return lambda *_, **__: private.require(private.LINEAR)  # type: ignore[return-value]
+    primitive = _jax.Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(lambda *_, **params: list(out_avals(**params)))
 
     def jvp_rule(primals, tangents, **params):
-        given = [None if type(t) is ad.Zero else t for t in tangents]
+        given = [None if type(t) is _jax.Zero else t for t in tangents]
         outs, out_tangents = jvp(primals, given, **params)
         avals = [tangent_type(jax.typeof(o)) for o in outs]
-        return outs, [ad.Zero(a) if t is None else t for t, a in zip(out_tangents, avals, strict=True)]
+        return outs, [_jax.Zero(a) if t is None else t for t, a in zip(out_tangents, avals, strict=True)]
 
     def transpose_rule(cotangents, *operands, **params):
-        cts = [None if type(c) is ad.Zero else c for c in cotangents]
-        return transpose(cts, *[None if ad.is_undefined_primal(x) else x for x in operands], **params)
+        cts = [None if type(c) is _jax.Zero else c for c in cotangents]
+        return transpose(cts, *[None if _jax.is_undefined_primal(x) else x for x in operands], **params)
 
-    ad.primitive_jvps[primitive] = jvp_rule
-    ad.primitive_transposes[primitive] = transpose_rule
-    batching.fancy_primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=True))
+    _jax.primitive_jvps[primitive] = jvp_rule
+    _jax.primitive_transposes[primitive] = transpose_rule
+    _jax.fancy_primitive_batchers[primitive] = batch
+    _jax.register_lowering(primitive, _jax.lower_fun(evaluate, multiple_results=True))
     return primitive.bind
 
 
@@ -215,17 +224,26 @@ def open_jaxpr(jaxpr: Any) -> Any:
 
 def used_inputs(jaxpr: Any) -> list[bool]:
     """Which inputs of a jaxpr its outputs are computed from."""
-    return list(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
+    if _jax.dce_jaxpr is not None:
+        return list(_jax.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
+    reached = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if not reached.isdisjoint(eqn.outvars):
+            reached.update(v for v in eqn.invars if not isinstance(v, Literal))
+    return [v in reached for v in jaxpr.invars]
 
 
 def source_frames(eqn: Any) -> list[tuple[str, int, str]]:
     """File, line and function of the Python frames outside JAX that an equation was traced in, innermost first."""
     traceback = eqn.source_info.traceback
-    return [] if traceback is None else [(f.file_name, f.start_line, f.function_name) for f in source_info_util.user_frames(traceback)]
+    if traceback is None or private.missing(private.LINES):
+        return []
+    return [(f.file_name, f.start_line, f.function_name) for f in _jax.user_frames(traceback)]
 
 
 def evaluate(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
     """The outputs of one equation of a jaxpr, for arrays in place of its inputs."""
+    private.require(private.REWRITE)
     params = eqn.primitive.get_bind_params(eqn.params)
     fns, params = params if isinstance(params, tuple) else ((), params)  # JAX before 0.10.2 gave functions beside the parameters
     with eqn.ctx.manager:
@@ -235,7 +253,9 @@ def evaluate(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
 
 def traced_at(eqn: Any, stack: Any) -> Any:
     """A context in which operations are traced under the source line of an equation, and the scopes `stack` inside those there are."""
-    return source_info_util.user_context(eqn.source_info.traceback, name_stack=source_info_util.current_name_stack() + stack)
+    if private.missing(private.LINES):
+        return contextlib.nullcontext()
+    return _jax.user_context(eqn.source_info.traceback, name_stack=_jax.current_name_stack() + stack)
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:

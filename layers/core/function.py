@@ -1,35 +1,32 @@
 """`Function`: a layer whose gradient is written by hand, after `torch.autograd.Function`.
 
-A call of `apply` becomes one `jax.custom_jvp`, whose tangent is a linear operation with a transpose of its own
-(`core/tangent.py`): transposed, by reverse mode, it runs `backward`; evaluated, by forward mode, it runs the class's `jvp`, or else
-the transpose of `backward`, which is the same linear map read the other way. So a rule written once serves `grad`, `jvp`,
-`hessian`, `vmap`, `scan`, `remat` and `shard_map`, and no transformation can go past it.
-
-What `forward` saves are operands of that operation. Their number and kind may depend on `needs_input_grad` freely: each
-differentiation of a call site has its own.
+A call of `apply` becomes one operation of JAX that holds both rules, by one of two engines (`core/engine_linear.py`, `core/engine_custom_vjp.py`). So
+a rule written once serves `grad`, `vmap`, `scan`, `remat` and `shard_map`, and by the first also `jvp` and `hessian`, and no transformation can go
+past it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.core import checks, compat
-from layers.core.again import recorded
+from layers.core import checks, compat, engine, engine_custom_vjp, engine_linear
 from layers.core.arguments import take_apart
 from layers.core.batching import VmapInfo
 from layers.core.call import Call
 from layers.core.closures import traced_names
 from layers.core.context import Context, is_array, restore, state_of
-from layers.core.record import Record, make_record
-from layers.core.tangent import TangentMap, refuse_second_derivative
+from layers.core.record import make_record
+from layers.core.tangent import refuse_second_derivative
+from layers.core.tape import GradFn as GradFn
+
+_ENGINES = {"linear": engine_linear.apply, "custom_vjp": engine_custom_vjp.apply}
 
 
 class Function:
@@ -111,40 +108,8 @@ class Function:
         call, arrays = Call.bind(cls, args, kwargs)
         if not any(isinstance(x, compat.Tracer) for x in arrays):
             return call.run(arrays, (False,) * len(arrays))[1]
-        outputs, fill = cls._apply(call, arrays)
+        outputs, fill = _ENGINES[engine.current()](call, arrays)
         return fill(outputs)
-
-    @classmethod
-    def _apply(cls, call: Call, arrays: Sequence[Any]) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-        """The arrays of the output, differentiable by the rule, and what makes the output of them."""
-        filled: list[Callable[[list[Any]], Any]] = []
-
-        def primal(*arrays: Any) -> list[Any]:
-            outputs: list[Any] = []
-            template = take_apart(call.name, "an output", call.run(arrays, (False,) * len(arrays))[1], outputs)
-            filled[:] = [template.fill]
-            return outputs
-
-        def linearize(primals: Sequence[Any], moving: tuple[bool, ...]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
-            primals = tuple(x if is_array(x) else jnp.asarray(x) for x in primals)  # a number that is differentiated arrives as such
-            record, outputs, residuals = recorded(call.name, primals, lambda xs: make_record(call, xs, moving), lambda: cls._apply(call, primals)[0])
-            filled[:] = [record.output.fill]
-            return outputs, functools.partial(_tangents, record, residuals)
-
-        def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
-            outputs, push = linearize(primals, tuple(not isinstance(t, compat.SymbolicZero) for t in tangents))
-            return outputs, push([t for t in tangents if not isinstance(t, compat.SymbolicZero)])
-
-        outputs = compat.linearized(arrays, linearize)
-        if outputs is not None:
-            return outputs, filled[0]
-        primal.__name__ = primal.__qualname__ = call.name
-        primal.__signature__ = _ANY_ARRAYS  # type: ignore[attr-defined]  # JAX asks for it at each call, and to work it out takes long
-        rule.__signature__ = _PRIMALS_AND_TANGENTS  # type: ignore[attr-defined]
-        f = jax.custom_jvp(primal)
-        f.defjvp(rule, symbolic_zeros=True)
-        outputs = f(*arrays)
-        return outputs, filled[0]
 
     @classmethod
     def vjp(cls, *args: Any, **kwargs: Any) -> tuple[Any, GradFn]:
@@ -178,27 +143,6 @@ class Function:
         return cls.vmap is not Function.vmap
 
 
-_ANY_ARRAYS = inspect.Signature([inspect.Parameter("arrays", inspect.Parameter.VAR_POSITIONAL)])
-_PRIMALS_AND_TANGENTS = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("primals", "tangents")])
-
-
-def _tangents(record: Record, residuals: list[Any], moving: list[Any]) -> list[Any]:
-    """The tangent of every array that `forward` returns, by the linear operation that `backward` transposes."""
-    avals = [compat.tangent_type(a) for a in record.output_avals]
-    if not moving or not any(record.differentiable):
-        return [compat.SymbolicZero(a) for a in avals]
-    tangent_map = TangentMap(
-        name=record.call.name,
-        residual_count=len(residuals),
-        out_avals=tuple(a for a, d in zip(avals, record.differentiable, strict=True) if d),
-        push=record.push,
-        pull=record.pull,
-        once=not record.call.cls._has_jvp() and record.once,
-    )
-    given = iter(tangent_map(residuals, moving))
-    return [next(given) if d else compat.SymbolicZero(a) for a, d in zip(avals, record.differentiable, strict=True)]
-
-
 def _refuse_traced_closures(cls: type[Function]) -> None:
     for method in ("forward", "setup_context", "backward", "jvp"):
         names = traced_names(getattr(cls, method))
@@ -207,59 +151,6 @@ def _refuse_traced_closures(cls: type[Function]) -> None:
                 f"{cls.__name__}.{method} closes over a traced array ({', '.join(names)}), which has no gradient there and may leak: "
                 "pass it to apply as an argument"
             )
-
-
-@jax.tree_util.register_pytree_node_class
-class GradFn:
-    """The tape of one call of `Function.vjp`: PyTorch's `y.grad_fn`. A pytree of the arrays that were saved."""
-
-    def __init__(self, record: Record, residuals: list[Any]):
-        self._record, self._residuals = record, residuals
-
-    def apply(self, *grad_outputs: Any) -> tuple[Any, ...]:
-        """Runs `backward`.
-
-        Args:
-            *grad_outputs: one gradient for each output of `forward`, of its shape and structure; `None` for zero.
-
-        Returns:
-            A tuple with one gradient for each argument, `None` where there is none.
-
-        Raises:
-            ValueError: for a wrong number of gradients or a shape that is not the output's.
-        """
-        record = self._record
-        cotangents = record.cotangents(grad_outputs)
-        wanted = record.moving
-        grads = record.grads(self._residuals, cotangents, wanted)
-        arguments = zip(record.call.arguments, record.call.templates, strict=True)
-        return tuple(t.fill_with_gaps(grads, record.avals) if any(grads[i] is not None for i in a.places) else None for a, t in arguments)
-
-    __call__ = apply
-
-    @property
-    def saved_tensors(self) -> tuple[Any, ...]:
-        """What `forward` saved for `backward`."""
-        return self._record.context(self._residuals).saved_tensors
-
-    @property
-    def needs_input_grad(self) -> tuple[bool, ...]:
-        """One flag for each argument."""
-        return self._record.call.needs(self._record.moving)
-
-    def name(self) -> str:
-        """The name of the node, `<class>Backward`."""
-        return f"{self._record.call.name}Backward"
-
-    def __repr__(self) -> str:
-        return f"<{self.name()}>"
-
-    def tree_flatten(self) -> tuple[tuple[list[Any]], Record]:
-        return (self._residuals,), self._record
-
-    @classmethod
-    def tree_unflatten(cls, record: Record, children: tuple[list[Any]]) -> GradFn:
-        return cls(record, children[0])
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

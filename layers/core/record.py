@@ -233,12 +233,7 @@ def _shared_axes(call: Call, arrays: Sequence[Any], output_avals: Sequence[Any])
     if not any(missing):
         return ((),) * len(output_avals)
 
-    def outputs(*arrays: Any) -> list[Any]:
-        found: list[Any] = []
-        take_apart(call.name, "an output", call.run(arrays, (False,) * len(arrays))[1], found)
-        return found
-
-    by_axis = {name: compat.depends_on(outputs, arrays, [name in a for a in axes]) for name in frozenset().union(*missing)}
+    by_axis = {name: compat.depends_on(lambda *xs: call.outputs(xs)[0], arrays, [name in a for a in axes]) for name in frozenset().union(*missing)}
     return tuple(tuple(sorted(name for name in m if not by_axis[name][i])) for i, m in enumerate(missing))
 
 

@@ -13,6 +13,7 @@ def _with_rules():
 CALLS = {
     "compiling_for": lambda: {"platform": "cuda"},
     "custom_vjp": lambda: {"fun": jnp.sin},
+    "engine": lambda: {"name": "linear"},
     "once_differentiable": lambda: {"backward": lambda ctx, g: g},
     "from_custom_vjp": lambda: {"fn": _with_rules()},
 }

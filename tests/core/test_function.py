@@ -199,6 +199,7 @@ class Product(Function):
         return Converting(dot.a * pair.b + pair.a * dot.b, dot.a), dot.b
 
 
+@pytest.mark.linear_engine
 def test_class_that_converts_its_leaves_is_an_argument_an_output_a_gradient_and_a_tangent():
     given = Converting(X, 2 * X)
     loss = lambda p: sum(y.sum() for y in jax.tree.leaves(Product.apply(p)))
@@ -436,6 +437,7 @@ WRAPS = {
 }
 
 
+@pytest.mark.linear_engine
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("argnum", [0, 1])
 def test_needs_input_grad_is_true_for_what_is_differentiated_only(wrap, argnum):
@@ -471,6 +473,7 @@ def test_needs_input_grad_has_one_flag_for_each_argument_given_and_in_the_split_
 # --- outputs ---
 
 
+@pytest.mark.linear_engine
 def test_marked_output_has_no_gradient_and_zeros_arrive_for_it():
     seen = []
 
@@ -744,6 +747,7 @@ def test_split_form_runs_setup_context_without_differentiation_too():
     assert seen == [(False,)]
 
 
+@pytest.mark.linear_engine
 def test_rules_may_call_other_functions():
     class Square(Function):
         @staticmethod
@@ -764,6 +768,7 @@ def test_name_of_the_class_stands_in_the_printed_program():
     assert "Wrong" in str(jax.make_jaxpr(Wrong.apply)(X))
 
 
+@pytest.mark.linear_engine
 def test_complex_gradient_follows_the_convention_of_jax():
     class Square(Function):
         @staticmethod
@@ -797,6 +802,7 @@ class Once(Function):
         return ctx.gain * g * jnp.cos(ctx.saved_tensors[0]), None
 
 
+@pytest.mark.linear_engine
 @pytest.mark.parametrize("wrap", ["jit", "checkpoint", "scan", "vmap", "plain"])
 def test_once_differentiable_rule_is_differentiated_once(wrap):
     run = {
@@ -816,8 +822,8 @@ def test_once_differentiable_rule_is_differentiated_once(wrap):
         lambda f: jax.grad(lambda x: jax.grad(f)(x).sum()),
         lambda f: jax.jit(jax.grad(lambda x: jax.jit(jax.grad(f))(x).sum())),
         jax.hessian,
-        lambda f: jax.jacfwd(jax.jacfwd(f)),
-        lambda f: jax.jacrev(jax.jacfwd(f)),
+        pytest.param(lambda f: jax.jacfwd(jax.jacfwd(f)), marks=pytest.mark.linear_engine),
+        pytest.param(lambda f: jax.jacrev(jax.jacfwd(f)), marks=pytest.mark.linear_engine),
         lambda f: lambda x: jax.linearize(jax.grad(f), x)[1](x),
     ],
     ids=["grad of grad", "jit", "hessian", "forward over forward", "reverse over forward", "linearize"],
@@ -906,6 +912,7 @@ class Both(Function):
         return 5 * dx * ctx.n * ctx.saved_tensors[0] ** (ctx.n - 1), None
 
 
+@pytest.mark.linear_engine
 @pytest.mark.parametrize("wrap", ["plain", "jit", "vmap", "checkpoint", "scan"])
 def test_written_jvp_is_forward_mode_and_backward_stays_reverse_mode(wrap):
     fn = lambda x: Both.apply(x, jax.random.key(0), 2)[0]
@@ -920,6 +927,7 @@ def test_written_jvp_is_forward_mode_and_backward_stays_reverse_mode(wrap):
     np.testing.assert_allclose(jax.grad(lambda x: run(x).sum())(X), 6 * X, rtol=1e-5)
 
 
+@pytest.mark.linear_engine
 def test_jvp_sees_what_was_saved_for_it():
     def forward(ctx, x):
         ctx.save_for_backward(x)
@@ -931,6 +939,7 @@ def test_jvp_sees_what_was_saved_for_it():
     np.testing.assert_allclose(gradient(cls, X), 2 * X, rtol=1e-6)
 
 
+@pytest.mark.linear_engine
 @pytest.mark.parametrize(
     ("jvp", "message"),
     [
@@ -945,11 +954,13 @@ def test_wrong_tangents_are_an_error_that_names_class_and_output(jvp, message):
         jax.jvp(cls.apply, (X,), (X,))
 
 
+@pytest.mark.linear_engine
 def test_none_is_a_zero_tangent():
     cls = rule(lambda ctx, x: (x * 1.0, x * 2.0), lambda ctx, a, b: a, jvp=lambda ctx, t: (t, None))
     assert_trees_close(jax.jvp(cls.apply, (X,), (X,))[1], (X, jnp.zeros(4)), rtol=0)
 
 
+@pytest.mark.linear_engine
 def test_backward_that_is_not_linear_says_so_in_forward_mode_and_works_in_reverse():
     cls = rule(lambda ctx, x: x * 1.0, lambda ctx, g: jnp.clip(g, -0.1, 0.1))
     np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(cls.apply)))(X), jnp.full(4, 0.1))
@@ -1120,6 +1131,7 @@ def test_rule_may_close_over_concrete_values():
     np.testing.assert_array_equal(gradient(rule(lambda ctx, x: x * 2, lambda ctx, g: g * X), X), X)
 
 
+@pytest.mark.linear_engine
 def test_a_python_number_that_is_differentiated_may_be_saved():
     class Square(Function):
         @staticmethod

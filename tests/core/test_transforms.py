@@ -103,6 +103,12 @@ TRANSFORMS = {
 }
 
 
+def marked(names):
+    """The names, those of forward mode marked so."""
+    forward = ("jvp", "linearize", "jacfwd", "over forward")
+    return [pytest.param(n, marks=pytest.mark.linear_engine) if any(word in n for word in forward) else n for n in names]
+
+
 def both(op, cases=CASES):
     """`(ours, theirs)` of one transformation of every case, from one compiled program."""
 
@@ -123,7 +129,7 @@ HEAVY = ("over", "order", "hessian", "of vmap", "every in_axes", "grad of grad",
 FEW = [c for c in CASES if c.name in ("linear without bias", "mul", "cube", "tree")]
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", marked(TRANSFORMS))
 def test_right_rules_agree_with_autodiff(name):
     cases = FEW if any(word in name for word in HEAVY) else CASES
     for case, (ours, theirs) in both(TRANSFORMS[name], cases).items():
@@ -134,7 +140,7 @@ def test_right_rules_agree_with_autodiff(name):
             raise
 
 
-@pytest.mark.parametrize("name", ["grad", "hessian", "jacfwd", "scan"])
+@pytest.mark.parametrize("name", marked(["grad", "hessian", "jacfwd", "scan"]))
 def test_right_rules_agree_with_autodiff_in_float64(name):
     with jax.enable_x64(True):
         cases = [type(c)(c.name, c.fn, c.reference, tuple(a.astype(jnp.float64) for a in c.arrays)) for c in FEW]
@@ -192,7 +198,7 @@ def pairs():
             yield outer, inner
 
 
-@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("derivative", marked(DERIVATIVES))
 def test_no_single_transformation_goes_past_the_rule(derivative):
     take = DERIVATIVES[derivative]
     found = jax.jit(lambda x: {name: take(wrap(Wrong.apply), x) for name, wrap in WRAPPERS.items()} | {"": take(Wrong.apply, x)})(X)
@@ -208,6 +214,7 @@ def test_no_pair_of_transformations_goes_past_the_rule(outer):
         np.testing.assert_allclose(given, 3 * jnp.cos(X), rtol=1e-5, err_msg=f"{outer} of {inner}")
 
 
+@pytest.mark.linear_engine
 @pytest.mark.parametrize("outer", WRAPPERS)
 def test_no_pair_of_transformations_goes_past_the_rule_in_forward_mode(outer):
     inners = [i for o, i in pairs() if o == outer]
@@ -262,7 +269,7 @@ def test_call_site_differentiated_again_after_another_pattern_is_right(site):
 # --- an output that the batch shares ---
 
 
-@pytest.mark.parametrize("out_axes", [(0, 0), (0, None)])
+@pytest.mark.parametrize("out_axes", [(0, 0), pytest.param((0, None), marks=pytest.mark.linear_engine)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_output_shared_by_the_batch_has_the_gradient_of_the_sum(out_axes, compiled):
     def total(fn):
@@ -277,6 +284,7 @@ def test_output_shared_by_the_batch_has_the_gradient_of_the_sum(out_axes, compil
     assert_trees_close(ours(floats(5, 3), floats(3, seed=1)), theirs(floats(5, 3), floats(3, seed=1)), rtol=1e-5)
 
 
+@pytest.mark.linear_engine
 def test_output_shared_by_two_batches_has_the_gradient_of_the_sum():
     def total(fn):
         inner = lambda x, w: jax.vmap(fn, in_axes=(0, None), out_axes=(0, None))(x, w)
@@ -286,6 +294,7 @@ def test_output_shared_by_two_batches_has_the_gradient_of_the_sum():
     assert_trees_close(jax.jit(total(ScaledShare.apply))(*args), jax.jit(total(lambda x, w: (x * w, 2 * w)))(*args), rtol=1e-5)
 
 
+@pytest.mark.linear_engine
 def test_output_shared_by_the_batch_is_right_in_forward_mode_and_to_second_order():
     def total(fn):
         return lambda w: sum((a**3).sum() for a in jax.vmap(fn, in_axes=(0, None), out_axes=(0, None))(floats(5, 3), w))
@@ -296,6 +305,7 @@ def test_output_shared_by_the_batch_is_right_in_forward_mode_and_to_second_order
     assert_trees_close(jax.jit(jax.hessian(ours))(w), jax.jit(jax.hessian(theirs))(w), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.linear_engine
 def test_output_shared_by_the_batch_under_shard_map():
     def total(fn):
         def local(x, w):
@@ -359,6 +369,7 @@ def test_transformations_inside_shard_map_agree_with_autodiff(wrap):
     assert_trees_close(total(Linear.apply)(*LINEAR), total(linear)(*LINEAR), rtol=1e-5)
 
 
+@pytest.mark.linear_engine
 def test_forward_mode_and_hessian_through_shard_map_agree_with_autodiff():
     def total(fn):
         mapped = jax.shard_map(fn, mesh=MESH, in_specs=(P("d"), P(), P()), out_specs=P("d"))
@@ -459,6 +470,7 @@ def test_pmap_agrees_with_autodiff():
     np.testing.assert_allclose(given, 3 * jnp.cos(X[:2]), rtol=1e-5)
 
 
+@pytest.mark.linear_engine
 def test_collective_over_a_vmapped_axis_may_stand_in_both_rules():
     class Mean(Function):
         @staticmethod
@@ -635,24 +647,30 @@ SECOND = {
 }
 
 
-@pytest.mark.parametrize("order", SECOND)
+@pytest.mark.parametrize("order", marked(SECOND))
 def test_second_derivative_through_a_saved_intermediate_is_complete(order):
     np.testing.assert_allclose(SECOND[order](SavedIntermediate.apply)(1.5 * jnp.ones(())), 24 * 1.5**2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("order", SECOND)
+@pytest.mark.parametrize("order", marked(SECOND))
 def test_second_derivative_through_a_saved_output_is_complete(order):
     np.testing.assert_allclose(SECOND[order](SavedOutput.apply)(jnp.float32(0.5)), np.exp(0.5), rtol=1e-6)
 
 
-@pytest.mark.parametrize("order", SECOND)
+@pytest.mark.parametrize("order", marked(SECOND))
 def test_second_derivative_of_a_surrogate_rule_differentiates_the_body_of_forward(order):
     x = jnp.float32(2.3)
     assert jax.grad(Rounded.apply)(x) == 2
     assert SECOND[order](Rounded.apply)(x) == 0
 
 
-@pytest.mark.parametrize("order", ["reverse over reverse", "forward over reverse", "reverse over forward"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "reverse over reverse",
+        *[pytest.param(f"{o} over {i}", marks=pytest.mark.linear_engine) for o, i in (("forward", "reverse"), ("reverse", "forward"))],
+    ],
+)
 def test_second_derivative_of_a_forward_that_jax_cannot_differentiate_is_that_of_its_backward(order):
     np.testing.assert_allclose(jax.jit(jax.grad(Hosted.apply))(jnp.float32(0.5)), np.cos(0.5), rtol=1e-5)
     np.testing.assert_allclose(SECOND[order](Hosted.apply)(jnp.float32(0.5)), -np.sin(0.5), rtol=1e-5)
@@ -665,6 +683,7 @@ def test_returned_intermediate_gives_the_right_third_derivative():
 # --- forward mode ---
 
 
+@pytest.mark.linear_engine
 def test_forward_mode_is_the_same_inside_the_context_and_outside():
     compiled = jax.jit(lambda x: jax.jvp(Wrong.apply, (x,), (jnp.ones_like(x),))[1])
     outside = compiled(X)

@@ -1,0 +1,96 @@
+"""The engine of `jax.custom_vjp`: one of them a call, whose forward rule is `forward` and whose backward rule is `backward`.
+
+It uses JAX's public names alone, and has what `jax.custom_vjp` has: reverse mode to any order, forward mode over it, no forward mode of its own.
+
+The residuals of a traced call must be the same whatever is differentiated, because JAX keeps their structure once a call. So every array that could
+be differentiated counts as being so, and `needs_input_grad` says that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from layers.core import compat
+from layers.core.again import recorded
+from layers.core.call import Call
+from layers.core.context import is_array
+from layers.core.record import make_record
+from layers.core.tape import GradFn
+
+Outputs = tuple[list[Any], Callable[[list[Any]], Any]]
+
+
+def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
+    """The arrays of the output, differentiable by the rule, and what makes the output of them.
+
+    Raises:
+        TypeError: where forward mode goes through it outside `jit`; inside `jit` the error is JAX's own.
+    """
+    filled: list[Callable[[list[Any]], Any]] = []
+    ran: list[str] = []
+
+    def primal(*arrays: Any) -> list[Any]:
+        outputs, fill = call.outputs(arrays)
+        filled[:] = [fill]
+        ran.append("primal")
+        return outputs
+
+    def forward(*flagged: Any) -> tuple[list[Any], GradFn]:
+        values = [f.value if is_array(f.value) else jnp.asarray(f.value) for f in flagged]  # a number that is differentiated arrives as such
+        moving = tuple(
+            f.perturbed if i in call.hoisted else jnp.issubdtype(x.dtype, np.inexact) for i, (f, x) in enumerate(zip(flagged, values, strict=True))
+        )
+        record, outputs, residuals = recorded(call.name, values, lambda xs: make_record(call, xs, moving), lambda: apply(call, values)[0])
+        filled[:] = [record.output.fill]
+        ran.append("forward")
+        if len(values) > 1 and not getattr(jax.config, "jax_custom_vjp3", False):
+            outputs = [_depending_on(values, y) for y in outputs]
+        return outputs, GradFn(record, residuals)
+
+    def backward(tape: GradFn, cotangents: list[Any]) -> tuple[Any, ...]:
+        absent = [isinstance(c, SymbolicZero) or c.dtype == jax.dtypes.float0 for c in cotangents]
+        return tuple(tape.pull([None if a else c for a, c in zip(absent, cotangents, strict=True)]))
+
+    primal.__name__ = primal.__qualname__ = call.name
+    for rule in (primal, forward):
+        rule.__signature__ = _ANY_ARRAYS  # type: ignore[attr-defined]  # JAX asks for it at each call, and to work it out takes long
+    f = jax.custom_vjp(primal)
+    f.defvjp(forward, backward, symbolic_zeros=True)
+    try:
+        return f(*arrays), filled[0]
+    except TypeError as error:
+        if ran != ["forward"]:
+            raise
+        raise TypeError(
+            f"{call.name}: forward mode (jax.jvp, jax.jacfwd, jax.linearize) does not go through a Function under the engine 'custom_vjp'; "
+            "use reverse mode, or layers.engine('linear')"
+        ) from error
+
+
+def _depending_on(arrays: Sequence[jax.Array], y: jax.Array) -> jax.Array:
+    """`y`, which `vmap` takes to depend on each of the arrays, and XLA does not.
+
+    So it is batched where one of them is. The gradient of an output that the whole batch shares would be counted once an element, or refused; the
+    implementation of `jax.custom_vjp` that `jax_custom_vjp3` switches on counts it once.
+    """
+    if not jnp.issubdtype(y.dtype, np.inexact):
+        return y
+    axes = compat.varying_axes(jax.typeof(y))
+    total = jnp.zeros((), y.dtype)
+    for x in arrays:
+        x = jax.random.key_data(x) if compat.is_key(x) else x
+        zero = lax.select_n(np.True_, x, lax.full_like(x, 0)).any().astype(y.dtype)
+        beyond = compat.varying_axes(jax.typeof(zero)) - axes
+        total += lax.psum(zero, tuple(sorted(beyond))) if beyond else zero
+    return jnp.where(False, total, y)
+
+
+_ANY_ARRAYS = inspect.Signature([inspect.Parameter("arrays", inspect.Parameter.VAR_POSITIONAL)])
