@@ -144,7 +144,7 @@ def _assemble(q: Operand, k: Operand, v: Operand, features: list[Atom], keys: li
     rule = Rule(roles, (q.axes, k.axes, v.axes), scores, band, given, out_axes, out)
     inputs = [q.value, k.value, v.value, *(t.value for t in scores.terms), *([scores.sink.value] if scores.sink else [])]
     inputs += [m.value for m in given if m.value is not None]
-    return Match("dot_product_attention", scores.nodes, inputs, [out], rule, keeps=rule.keeps, detail=rule.detail)
+    return Match("dot_product_attention", scores.nodes, inputs, [out], rule, keeps=rule.keeps, detail=rule.detail, holds=[*inputs, out])
 
 
 def _roles(shared: list[Atom], free: list[Atom], keys: list[Atom], features: list[Atom], value_features: list[Atom], masks: list[Mask]) -> Roles:

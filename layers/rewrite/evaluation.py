@@ -21,9 +21,7 @@ class Program:
     matches: list[Match]
 
     def __post_init__(self):
-        maker = {id(o): m for m in self.matches for o in m.outputs}
-        inside = {n for m in self.matches for n in m.nodes}
-        self.order = _Order(maker, inside).of(self.graph)
+        self.order = steps_of(self.graph, self.matches)
 
     def __call__(self, *args: Any) -> list[Any]:
         values = {id(v): x for v, x in zip(self.graph.inputs, args, strict=True)}
@@ -37,6 +35,13 @@ class Program:
                     made = run_node(step, [read(v) for v in step.inputs])
             values.update((id(o), _like(x, o.aval)) for o, x in zip(step.outputs, made, strict=True))
         return [_like(read(v), a) for v, a in zip(self.graph.outputs, self.graph.out_avals, strict=True)]
+
+
+def steps_of(graph: Graph, matches: Sequence[Match]) -> list[Node | Match]:
+    """What is to be done, matches in place of their operations, each after what it reads from."""
+    maker = {id(o): m for m in matches for o in m.outputs}
+    inside = {n for m in matches for n in m.nodes}
+    return _Order(maker, inside).of(graph)
 
 
 def run_node(n: Node, args: Sequence[Any]) -> Sequence[Any]:

@@ -22,14 +22,15 @@ class Value:
         users: the nodes that read it, one entry a reading.
         kept: whether it is an output of the graph.
         moving: whether it depends on an argument through floating-point numbers, so that a gradient may go through it.
+        is_lasting: whether it is there in the backward pass whatever is kept: a constant, or an argument that is no carry of a loop.
     """
 
-    __slots__ = ("_static", "aval", "const", "kept", "moving", "node", "users")
+    __slots__ = ("_static", "aval", "const", "is_lasting", "kept", "moving", "node", "users")
 
     def __init__(self, aval: Any, node: Node | None = None, const: Any = None):
         self.aval, self.node, self.const = aval, node, const
         self.users: list[Node] = []
-        self.kept, self.moving = False, False
+        self.kept, self.moving, self.is_lasting = False, False, node is None
         self._static: bool | None = None
 
     @property

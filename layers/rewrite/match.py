@@ -41,6 +41,10 @@ class Match:
         run: computes the outputs as a list from the inputs.
         keeps: the bytes that its rule keeps beyond its inputs and outputs, and those that its backward needs beyond what the plain one does.
         detail: what was read off, in words.
+        holds: the values of the graph that its rule saves; its inputs if not given.
+        frees: the bytes of its inside that autodiff keeps; None to count them.
+        saving: the bytes that it frees, less those that it keeps.
+        pattern: the name of the pattern that found it.
     """
 
     name: str
@@ -50,7 +54,13 @@ class Match:
     run: Callable[..., Sequence[Any]]
     keeps: int = 0
     detail: str = ""
+    holds: list[Value] = field(default_factory=list)
+    frees: int | None = None
     saving: int = field(default=0, init=False)
+    pattern: str = field(default="", init=False)
+
+    def __post_init__(self):
+        self.holds = self.holds or list(self.inputs)
 
     @property
     def last(self) -> Node:

@@ -14,8 +14,8 @@ from layers.rewrite.evaluation import Program
 from layers.rewrite.graph import Node, Value
 from layers.rewrite.primitives import INLINED, REMAT
 
-Enter = Callable[[Any, Sequence[Any], Mapping[int, Any], str], Program | None]
-"""Rewrites a jaxpr, with its constants, what is known of its inputs and where it is; None where nothing in it matched."""
+Enter = Callable[[Any, Sequence[Any], Mapping[int, Any], str, Sequence[int]], Program | None]
+"""Rewrites a jaxpr, with its constants, what is known of its inputs, where it is and which inputs a loop carries; None where nothing matched."""
 
 
 def enter(n: Node, rewritten: Enter) -> Callable[..., Sequence[Any]] | None:
@@ -31,8 +31,8 @@ def _known(values: Sequence[Value]) -> dict[int, Any]:
     return {i: x for i, v in enumerate(values) if (x := array_of(v)) is not None}
 
 
-def _closed(jaxpr: Any, rewritten: Enter, known: Mapping[int, Any], place: str) -> Program | None:
-    return rewritten(compat.open_jaxpr(jaxpr), getattr(jaxpr, "consts", ()), known, place)
+def _closed(jaxpr: Any, rewritten: Enter, known: Mapping[int, Any], place: str, carried: Sequence[int] = ()) -> Program | None:
+    return rewritten(compat.open_jaxpr(jaxpr), getattr(jaxpr, "consts", ()), known, place, carried)
 
 
 def _plain(jaxpr: Any) -> Callable[..., Sequence[Any]]:
@@ -42,7 +42,7 @@ def _plain(jaxpr: Any) -> Callable[..., Sequence[Any]]:
 def _scan(n: Node, rewritten: Enter) -> Callable[..., Sequence[Any]] | None:
     p = n.params
     consts, carried = compat.scan_counts(n.eqn)
-    body = _closed(p["jaxpr"], rewritten, _known(n.inputs[:consts]), f"scan of {p['length']}")
+    body = _closed(p["jaxpr"], rewritten, _known(n.inputs[:consts]), f"scan of {p['length']}", range(consts, consts + carried))
     if body is None:
         return None
 

@@ -8,19 +8,22 @@ from dataclasses import dataclass, field
 from layers.rewrite.activations import find_activation
 from layers.rewrite.attention import find_attention
 from layers.rewrite.cross_entropy import find_cross_entropy
+from layers.rewrite.elementwise import find_elementwise
 from layers.rewrite.graph import Graph, Node
 from layers.rewrite.match import Match, Nearly, obstacle
 from layers.rewrite.mlp import find_mlp
 from layers.rewrite.norms import find_norm
 from layers.rewrite.profit import pays
 
-PATTERNS: dict[str, Callable[[Node], Match | Sequence[Match] | None]] = {
+BY_MIDDLE: dict[str, Callable[[Node], Match | Sequence[Match] | None]] = {
     "attention": find_attention,
     "cross_entropy": find_cross_entropy,
     "norm": find_norm,
     "mlp": find_mlp,
     "activation": find_activation,
 }
+"""Those that are found from an operation in their middle."""
+PATTERNS = (*BY_MIDDLE, "elementwise")
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,13 @@ class Found:
 
 def find_all(graph: Graph, names: Sequence[str]) -> Found:
     found, taken = Found(), set()
-    for name in names:
+    for name in (n for n in names if n in BY_MIDDLE):
         for n in graph.nodes:
             if n in taken:
                 continue
             reasons = []
             for m in _candidates(name, n, reasons):
+                m.pattern = name
                 why_not = obstacle(graph, m, taken)
                 if why_not == "" and pays(m):
                     found.matches.append(m)
@@ -57,12 +61,16 @@ def find_all(graph: Graph, names: Sequence[str]) -> Found:
                     reasons.append(why_not or f"it would keep more than it frees, by {-m.saving} bytes")
             else:
                 found.misses += [Miss(name, n, reasons[0])] if reasons else []
+    if "elementwise" in names:
+        named = [m for m in found.matches if m.pattern == "activation"]
+        rest = [m for m in found.matches if m not in named]
+        found.matches = rest + find_elementwise(graph, rest, named)
     return found
 
 
 def _candidates(name: str, n: Node, reasons: list[str]) -> Iterator[Match]:
     try:
-        matches = PATTERNS[name](n)
+        matches = BY_MIDDLE[name](n)
     except Nearly as miss:
         reasons.append(str(miss))
         return

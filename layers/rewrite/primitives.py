@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from layers.core import compat
+
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -12,7 +16,7 @@ LAYOUT = _names("broadcast_in_dim reshape transpose squeeze expand_dims")
 """The same numbers in other places, or repeated."""
 UNARY = _names(
     "exp exp2 log log1p expm1 tanh logistic sin cos tan sqrt rsqrt cbrt square integer_pow erf erfc erf_inv abs sign is_finite not neg "
-    "floor ceil round asin acos atan sinh cosh asinh acosh atanh stop_gradient"
+    "floor ceil round asin acos atan sinh cosh asinh acosh atanh stop_gradient one_minus_square"
 )
 BINARY = _names("add sub mul div max min pow rem atan2 and or xor ge gt le lt eq ne select_n clamp nextafter add_any shift_left shift_right_logical")
 OTHERS = _names(
@@ -23,3 +27,19 @@ FOLDABLE = UNARY | BINARY | LAYOUT | CASTS | OTHERS
 """What may be computed while a function is rewritten, where it depends on no argument."""
 INLINED = _names("jit pjit closed_call core_call")
 REMAT = _names("remat2 checkpoint remat")
+RULED = _names("custom_jvp_call")
+LIGHT = UNARY | BINARY | LAYOUT | CASTS | _names("slice concatenate pad rev split iota copy bitcast_convert_type")
+"""What may be done again for a backward pass: elementwise operations, and moves of what they give."""
+
+
+def is_light(n: Any) -> bool:
+    """Whether an operation, or all of those that it holds, cost little."""
+    if n.name in RULED:
+        return _all_light(n.params["call_jaxpr"])
+    return n.name in LIGHT and not n.eqn.effects
+
+
+def _all_light(jaxpr: Any) -> bool:
+    inner = lambda e: e.params.get("jaxpr", e.params.get("call_jaxpr"))
+    name = lambda e: e.primitive.name
+    return all(name(e) in LIGHT or (name(e) in INLINED | RULED and _all_light(inner(e))) for e in compat.open_jaxpr(jaxpr).eqns)

@@ -7,7 +7,7 @@ casts to the same dtype, reshapes to the same shape, selections by a constant, a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,10 +23,12 @@ UNITS = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0, "max": -math.inf}
 """The second operand with which these are the first."""
 
 
-def read(jaxpr: Any, consts: Sequence[Any] = (), known: Mapping[int, Any] | None = None) -> Graph:
-    """The graph of a jaxpr; `known` holds the values of some of its inputs, by place."""
+def read(jaxpr: Any, consts: Sequence[Any] = (), known: Mapping[int, Any] | None = None, carried: Collection[int] = ()) -> Graph:
+    """The graph of a jaxpr; `known` holds the values of some of its inputs, by place, and `carried` the places of those that a loop carries."""
     reader = _Reader()
     inputs = [Value(v.aval, const=(known or {}).get(i)) for i, v in enumerate(jaxpr.invars)]
+    for i in carried:
+        inputs[i].is_lasting = False
     outputs = reader.read(jaxpr, [_constant(c) for c in consts], inputs, None)
     return Graph(inputs, reader.nodes, outputs, [v.aval for v in jaxpr.outvars])
 

@@ -42,7 +42,7 @@ class Row:
 
     @staticmethod
     def of_match(m: Match, place: tuple[str, ...]) -> Row:
-        return Row(m.name, _layer(m.last, place), _source(m.last), m.detail, freed(m), m.keeps)
+        return Row(m.name, _layer(m.last, place), _source(m.last), m.detail, freed(m) if m.frees is None else m.frees, m.keeps)
 
     @staticmethod
     def of_miss(m: Miss, place: tuple[str, ...]) -> Row:

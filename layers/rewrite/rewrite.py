@@ -39,7 +39,8 @@ def rewrite(fn: Callable[..., Any] | None = None, *, only: str | Iterable[str] |
 
     Args:
         fn: a function of arrays and pytrees; other arguments are part of the program. None to use `rewrite(only=...)` as a decorator.
-        only: the names of the patterns that may be replaced, of "attention", "cross_entropy", "norm", "mlp" and "activation"; None for all.
+        only: the names of the patterns that may be replaced, of "attention", "cross_entropy", "norm", "mlp", "activation" and "elementwise", which is
+            any other group of elementwise operations; None for all.
         skip: the names of patterns that may not.
 
     Returns:
@@ -107,13 +108,15 @@ class Rewritten:
         return program, jax.tree.structure(shape)
 
 
-def _program(jaxpr: Any, consts: Sequence[Any], known: Any, place: tuple[str, ...], names: tuple[str, ...], rows: list[Row]) -> Program:
-    graph = read(jaxpr, consts, known)
+def _program(
+    jaxpr: Any, consts: Sequence[Any], known: Any, place: tuple[str, ...], names: tuple[str, ...], rows: list[Row], carried: Sequence[int] = ()
+) -> Program:
+    graph = read(jaxpr, consts, known, carried)
     found = find_all(graph, names)
     rows += [Row.of_match(m, place) for m in found.matches] + [Row.of_miss(m, place) for m in found.misses]
 
-    def inside(jaxpr: Any, consts: Sequence[Any], known: Any, where: str) -> Program | None:
-        program = _program(jaxpr, consts, known, (*place, where), names, rows)
+    def inside(jaxpr: Any, consts: Sequence[Any], known: Any, where: str, carried: Sequence[int]) -> Program | None:
+        program = _program(jaxpr, consts, known, (*place, where), names, rows, carried)
         return program if program.matches or any(n.inner for n in program.graph.nodes) else None
 
     taken = {n for m in found.matches for n in m.nodes}

@@ -187,5 +187,5 @@ def entropy(x, W):
 @pytest.mark.parametrize("name", CASES)
 def test_part_is_replaced_where_it_fits_and_nothing_changes(name, everything_pays):
     fn, expected, args = CASES[name]
-    assert replaced(fn, *args) == expected.split()
+    assert replaced(fn, *args, skip="elementwise") == expected.split()
     assert_same(fn, args) if expected else assert_same_value(fn, args)

@@ -41,7 +41,7 @@ def gate_read_twice(x, g, u, d):
     return (jax.nn.silu(g) * (x @ u)) @ d, g
 
 
-@case("", x, rnd(32, 64), rnd(32, 64), rnd(64, 32))
+@case("elementwise", x, rnd(32, 64), rnd(32, 64), rnd(64, 32))
 def leaky_gate(x, g, u, d):
     g = x @ g
     return (jax.nn.leaky_relu(g) * (x @ u)) @ d
@@ -89,7 +89,7 @@ def bfloat16(x, u, d):
     return jax.nn.gelu(x @ u) @ d
 
 
-@case("", x, rnd(32, 64), rnd(64, 32))
+@case("elementwise", x, rnd(32, 64), rnd(64, 32))
 def gelu_of_another_factor(x, u, d):
     h = x @ u
     return (h * jax.nn.sigmoid(1.702 * h)) @ d

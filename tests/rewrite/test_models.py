@@ -23,7 +23,7 @@ MODELS = {
     "vit": (vision.make_vit, {}, {ATTENTION: 2, "layer_norm": 5, "mlp": 2}),
     "mixer": (vision.make_mixer, {}, {"layer_norm": 5, "mlp": 4}),
     "whisper": (whisper.make, {}, {ATTENTION: 6, LOSS: 1, "layer_norm": 11, "mlp": 4}),
-    "hybrid": (hybrid.make, {}, {ATTENTION: 1, LOSS: 1, "rms_norm": 4, "gated_mlp": 1, "swiglu": 1}),
+    "hybrid": (hybrid.make, {}, {ATTENTION: 1, LOSS: 1, "rms_norm": 4, "gated_mlp": 1, "elementwise": 1}),
     "encoder": (encoder.make, {}, {ATTENTION: 2, LOSS: 1, "layer_norm": 5, "mlp": 2}),
     "encoder with dropout": (encoder.make, {"rate": 0.1}, {LOSS: 1, "layer_norm": 5}),
 }
