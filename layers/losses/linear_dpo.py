@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from layers.core import checks
 from layers.core.numerics import product, safe_reciprocal
-from layers.losses.arguments import check_head, check_where, read_options
+from layers.losses.arguments import check_head, read_options
 from layers.losses.preference import AVERAGED, LOSS_TYPES, SMOOTHED, Preference
-from layers.losses.sequences import Reference, read_sequences
+from layers.losses.sequences import Reference, read_pairs
 from layers.losses.targets import Options
 
 
@@ -103,15 +102,8 @@ def linear_dpo(
     return_rewards = checks.flag(who, "return_rewards", return_rewards)
     chosen_x, kernel, bias = check_head(who, chosen_x, kernel, bias, ("chosen_x", "kernel", "bias"))
     rejected_x, _, _ = check_head(who, rejected_x, kernel, bias, ("rejected_x", "kernel", "bias"))
-    chosen = read_sequences(who, "chosen", chosen_x, chosen_labels, chosen_where, where, kernel.shape[1], options)
-    rejected = read_sequences(who, "rejected", rejected_x, rejected_labels, rejected_where, where, kernel.shape[1], options)
-    if chosen.pairs != rejected.pairs:
-        raise ValueError(
-            f"{who}: chosen sequences have batch {chosen.pairs}, but rejected ones {rejected.pairs}: give one of each for a pair "
-            f"(chosen_x: {chosen_x.shape}, rejected_x: {rejected_x.shape})"
-        )
-    weight = jnp.ones(chosen.pairs) if where is None else jnp.asarray(check_where(who, where, chosen.pairs)).reshape(chosen.pairs)
-    weight = weight.astype(chosen.counted.dtype)
+    labels, counts = (chosen_labels, rejected_labels), (chosen_where, rejected_where)
+    (chosen, rejected), weight = read_pairs(who, (chosen_x, rejected_x), labels, counts, where, kernel.shape[1], options)
     reference = Reference(
         (reference_chosen_x, reference_rejected_x), reference_kernel, reference_bias, (reference_chosen_log_probs, reference_rejected_log_probs)
     )

@@ -44,7 +44,24 @@ class Sequences(NamedTuple):
         return total * safe_reciprocal(self.length()) if average else total
 
 
-def read_sequences(who: str, side: str, x: jax.Array, labels: Any, tokens: Any, pairs: Any, vocab: int, options: Options) -> Sequences:
+def read_pairs(
+    who: str, xs: tuple[Any, Any], labels: tuple[Any, Any], counts: tuple[Any, Any], pairs: Any, vocab: int, options: Options
+) -> tuple[tuple[Sequences, Sequences], jax.Array]:
+    """The tokens of chosen and rejected sequences, and what each pair counts, checked; `counts` is what each token does."""
+    chosen, rejected = (
+        _read_sequences(who, side, x, y, count, pairs, vocab, options)
+        for side, x, y, count in zip(("chosen", "rejected"), xs, labels, counts, strict=True)
+    )
+    if chosen.pairs != rejected.pairs:
+        raise ValueError(
+            f"{who}: chosen sequences have batch {chosen.pairs}, but rejected ones {rejected.pairs}: give one of each for a pair "
+            f"(chosen_x: {xs[0].shape}, rejected_x: {xs[1].shape})"
+        )
+    weight = jnp.ones(chosen.pairs) if pairs is None else jnp.asarray(check_where(who, pairs, chosen.pairs)).reshape(chosen.pairs)
+    return (chosen, rejected), weight.astype(chosen.counted.dtype)
+
+
+def _read_sequences(who: str, side: str, x: jax.Array, labels: Any, tokens: Any, pairs: Any, vocab: int, options: Options) -> Sequences:
     """The tokens of one side, checked; those of pairs that do not count do not either."""
     if x.ndim < 2:
         raise ValueError(f"{who}: {side}_x has shape {x.shape}, but must be (*batch, time, features)")

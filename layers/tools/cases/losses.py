@@ -10,7 +10,9 @@ import optax
 from jax import lax
 
 from layers.losses.linear_cross_entropy import linear_cross_entropy
+from layers.losses.linear_grpo import linear_grpo
 from layers.losses.linear_jsd import linear_jsd
+from layers.losses.linear_log_prob import linear_log_prob
 from layers.losses.softmax_cross_entropy import softmax_cross_entropy
 from layers.tools.cases.case import Case, normal
 
@@ -48,6 +50,21 @@ def _plain_jsd(x: Any, kernel: Any, teacher_x: Any, teacher_kernel: Any) -> Any:
     return 0.5 * (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1).mean()
 
 
+def _plain_log_prob(x: Any, kernel: Any, ids: Any) -> Any:
+    return jnp.take_along_axis(jax.nn.log_softmax(x @ kernel), ids[..., None], -1)[..., 0]
+
+
+def _plain_grpo(x: Any, kernel: Any, ids: Any, advantages: Any, old: Any) -> Any:
+    ratio, a = jnp.exp(_plain_log_prob(x, kernel, ids) - old), advantages[:, None]
+    return -jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a).mean()
+
+
+def _sampled(sequences: int, time: int, features: int, vocab: int) -> tuple[jax.Array, ...]:
+    x, kernel = normal((sequences, time, features), (features, vocab))
+    advantages, old = normal((sequences,), (sequences, time))
+    return x, kernel / features, _labels(sequences * time, vocab).reshape(sequences, time), advantages, 0.1 * old - jnp.log(float(vocab))
+
+
 CASES = (
     _linear("linear_cross_entropy", 4096, 512, 32000),
     _linear("linear_cross_entropy_128k", 2048, 1024, 128000, rounds=3),
@@ -74,6 +91,24 @@ CASES = (
         _plain_jsd,
         lambda x, w, tx, tw: linear_jsd(x, w, tx, tw),
         flops=2.0 * 2048 * 32000 * (3 * 512 + 1024),
+        rounds=5,
+    ),
+    Case(
+        "linear_log_prob",
+        "log-probabilities of tokens under a head, 2048 x 512 -> 32000",
+        lambda: (*normal((2048, 512), (512, 32000)), _labels(2048, 32000)),
+        lambda x, w, y: _plain_log_prob(x, w, y).sum(),
+        lambda x, w, y: linear_log_prob(x, w, y).sum(),
+        flops=6.0 * 2048 * 512 * 32000,
+        rounds=5,
+    ),
+    Case(
+        "linear_grpo",
+        "clipped policy loss (GRPO) of 8 completions of 256 tokens, 512 -> 32000",
+        lambda: _sampled(8, 256, 512, 32000),
+        _plain_grpo,
+        lambda x, w, ids, a, old: linear_grpo(x, w, ids, a, old_log_probs=old),
+        flops=6.0 * 2048 * 512 * 32000,
         rounds=5,
     ),
 )
