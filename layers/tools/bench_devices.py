@@ -72,7 +72,6 @@ def main(chosen: Sequence[str], device: str, *, json_path: str | None = None) ->
     unknown = [name for name in chosen if name not in names()]
     if unknown:
         raise ValueError(f"bench: no row is named {unknown[0]!r}; there are {', '.join(names())}")
-    jax.config.update("jax_platforms", "cpu")  # the plugin is only a compiler here
     console, path = Console(), None if json_path is None else Path(json_path)
     results = json.loads(path.read_text()) if path is not None and path.exists() else {}
     for name in chosen or names():

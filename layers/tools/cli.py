@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 _INT32, _UINT32, _FLOAT32 = 2**31 - 1, 2**32 - 1, (2 - 2**-23) * 2.0**127
 
 
@@ -63,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         try:
             if options.compile_for is not None:
+                jax.config.update("jax_platforms", "cpu")  # before any array is made: the plugins are only compilers here
                 from layers.tools import bench_devices
 
                 return bench_devices.main(options.name, options.compile_for, json_path=options.json)

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -90,3 +93,11 @@ def test_memory_of_a_row_is_at_most_the_committed_figure(device, name):
 def test_step_on_one_gpu_takes_a_seventh_of_the_memory_of_the_plain_one():
     rows = json.loads(bench_devices.RESULTS.read_text())["h100"][bench_devices.STEP]
     assert rows["ours"] <= min(6.2e9, rows["idiomatic"] / 7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_command_needs_no_setting_of_the_environment(device):
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    command = [sys.executable, "-m", "layers", "bench", "relu", "--compile-for", device]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0 and "relu: idiomatic" in ran.stdout, ran.stderr
