@@ -120,7 +120,7 @@ def linear_grpo(
     if level == "sequence":
         log_ratio = jnp.broadcast_to(mean(log_ratio, weight, -1)[..., None], tokens.batch)
     losses = clip.losses(log_prob, log_ratio, advantages)
-    if held:
+    if held and reference is not None:
         losses = losses + beta * divergence(log_prob, reference)
     loss = _over(loss_type, losses, weight, length, items)
     if not return_metrics:
