@@ -22,6 +22,7 @@ from layers.check.contract import check as check
 from layers.check.gradcheck import GradcheckError as GradcheckError
 from layers.check.gradcheck import gradcheck as gradcheck
 from layers.check.gradcheck import gradgradcheck as gradgradcheck
+from layers.check.implementations import implementations as implementations
 from layers.check.residuals import residuals as residuals
 from layers.core.custom_vjp import custom_vjp as custom_vjp
 from layers.core.custom_vjp import from_custom_vjp as from_custom_vjp

@@ -114,6 +114,18 @@ def test_what_is_asked_for_goes_before_the_default_device():
         pass
 
 
+def test_architecture_is_that_of_the_default_device_unless_it_is_asked_for():
+    assert machine.architecture() == jax.devices()[0].device_kind
+    with layers.compiling_for("cuda"):
+        assert machine.architecture() is None and machine.is_asked_for()
+    with layers.compiling_for("cuda", "9.0"):
+        assert machine.architecture() == "9.0"
+    with jax.default_device("cpu"):
+        assert machine.architecture() == jax.devices("cpu")[0].device_kind
+    with pytest.raises(TypeError, match=r"compiling_for: architecture is 9\.0, but must be a text"), layers.compiling_for("cuda", 9.0):
+        pass
+
+
 def test_function_compiled_outside_is_traced_anew_inside():
     x, scale = normal((1200, 128), (128,))
     fn = jax.jit(jax.grad(lambda x: layers.rms_norm(x, scale).sum()))

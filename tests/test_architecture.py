@@ -11,8 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "layers"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FACADE = {"swap", "linen", "rewrite"}
-FAMILIES = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name not in FACADE | {"core", "check", "tools", "__pycache__"}}
-OWN = {"layers.core": {"core"}, "layers.check": {"core", "check"}}
+FAMILIES = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name not in FACADE | {"core", "kernels", "check", "tools", "__pycache__"}}
 
 
 def place(path):
@@ -33,10 +32,12 @@ def imports(path):
 def may_import(part, other):
     if part == "core":
         return other == "core"
+    if part == "kernels":
+        return other in ("core", "kernels")
     if part == "check":
-        return other in ("core", "check")
+        return other in ("core", "kernels", "check")
     if part in FAMILIES:
-        return other in ("core", part)
+        return other in ("core", "kernels", part)
     if part in FACADE:
         return other in FAMILIES | {"core", "check", part}
     return part in ("__init__", "__main__", "tools")
@@ -48,8 +49,15 @@ def test_file_imports_what_its_place_may(path):
     for name, line in imports(path):
         if name == "layers" or name.startswith("layers."):
             other = name.split(".")[1] if "." in name else "facade"
-            inside = part == "check" and path.name == "contract.py" and name == "layers"  # its catalogue walks the package
+            inside = part == "check" and path.name in ("contract.py", "implementations.py") and name == "layers"  # these look for layers by name
             assert inside or may_import(part, other), f"{path.name}:{line} imports {name}, which {part} may not"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if place(p) == "kernels"], ids=lambda p: p.name)
+def test_kernels_are_plain_functions(path):
+    """No `Function`, no Flax: the rule of a layer is in its family."""
+    for name, line in imports(path):
+        assert not re.match(r"flax|layers\.core\.(function|custom_vjp)", name), f"{path.name}:{line} imports {name}"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if place(p) == "core"], ids=lambda p: p.name)

@@ -27,87 +27,53 @@ Reference: Dao, "FlashAttention-2", 2023; Rabe and Staats, "Self-attention does 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from layers.attention import arguments
-from layers.attention.cudnn import attend_by_cudnn
+from layers.attention import arguments, by_kernel, in_tiles
 from layers.attention.heads import merge_heads
 from layers.attention.plan import Hidden, Options
 from layers.attention.tile import Tile
 from layers.attention.tiles import Grid
-from layers.attention.weights import before_any_key, exact_output, normalized, sink_weights, sums_of_products, times, weights_of
+from layers.attention.weights import exact_output, sink_weights, times, weights_of
 from layers.core import checks
+from layers.core.compat import zeros
 from layers.core.function import Function
 from layers.core.numerics import dot, scaled, wide
 from layers.core.recompute import barrier
-from layers.core.zeros import lie_like, zero_after
+from layers.core.zeros import lie_like
+from layers.kernels.attention import KERNELS
+from layers.kernels.dispatch import NAMES, choose
 
 
 class DotProductAttentionFunction(Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, sinks, hidden, options):
-        grid, dtype = Grid.of(q, k, hidden, options), wide(q.dtype)
-
-        def step(carry, tile: Tile):
-            largest, total, out = carry
-            vt, spoiled = tile.finite_keys(v)
-            s, _ = tile.scores(tile.queries(q), tile.keys(k), bias, spoiled)
-            before = tile.queries(largest)
-            now = jnp.maximum(before, lax.stop_gradient(s).max(-1))
-            finite = jnp.where(now == -jnp.inf, 0, now)
-            p, fade = jnp.exp(s - finite[..., None]), jnp.exp(before - finite)
-            mp = times(p, tile.multiplier(dtype)).astype(v.dtype)
-            total = tile.put(total, merge_heads(tile.queries(total) * fade + p.sum(-1)), 0)
-            part = fade[..., None] * tile.queries(out) + dot("bkgqs,bskh->bkgqh", mp, vt)
-            return tile.put(largest, merge_heads(now), 0), total, tile.put(out, merge_heads(part), 0)
-
-        largest, total = (lie_like(jnp.broadcast_to(x, q.shape[:3]), q) for x in before_any_key(sinks, dtype))
-        largest, total, out = grid.fold(step, (largest, total, lie_like(jnp.zeros((*q.shape[:3], v.shape[3]), dtype), q)))
-        out, lost = normalized(grid, out, total, q.dtype)
-        lse = jnp.where(total > 0, largest + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
+        ctx.set_materialize_grads(False)
+        way = in_tiles if options.implementation == "xla" else by_kernel
+        out, lost, lse = way.forward(q, k, v, bias, sinks, hidden, options)
         ctx.save_for_backward(q, k, v, bias, sinks, hidden, out, lost, lse)
         ctx.options = options
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        (q, k, v, bias, sinks, hidden, out, lost, lse), (dout, dlse) = barrier(ctx.saved_tensors, (dout, dlse))
-        grid, dtype = Grid.of(q, k, hidden, ctx.options), wide(q.dtype)
-        delta = sums_of_products(grid, dout, out, lost, dtype, sinks=sinks is not None) - dlse
+        saved, (dout, dlse) = barrier(ctx.saved_tensors, (dout, dlse))
+        _, _, _, bias, _, _, out, _, _ = saved
+        dout = zeros(jax.typeof(out)) if dout is None else dout
         wants_bias = bias is not None and ctx.needs_input_grad[3]
-
-        def step(carry, tile: Tile):
-            dq, dbias, (dk, in_dk), (dv, in_dv) = carry
-            (qt, of_q), (kt, of_k), (doutt, of_dout) = tile.finite_queries(q), tile.finite_keys(k), tile.finite_queries(dout)
-            (vt, of_v), (deltat, of_delta) = tile.finite_keys(v), tile.finite_queries(delta[..., None])
-            p, slope = weights_of(tile, qt, kt, bias, lse, of_q + of_k + of_v + of_dout + of_delta)
-            multiplier = tile.multiplier(dtype)
-            dv, in_dv = tile.add_up(dv, in_dv, dot("bkgqs,bkgqh->bskh", times(p, multiplier), doutt), 1)
-            dp = times(dot("bkgqh,bskh->bkgqs", doutt, vt), multiplier)
-            ds = p * tile.bounded(dp - deltat)
-            if wants_bias:
-                dbias = tile.add_to_plane(dbias, ds)
-            ds = slope * ds
-            dq = tile.add(dq, merge_heads(dot("bkgqs,bskh->bkgqh", ds, kt)) * ctx.options.scale, 0)
-            dk, in_dk = tile.add_up(dk, in_dk, dot("bkgqs,bkgqh->bskh", ds, qt) * ctx.options.scale, 1)
-            return dq, dbias, (dk, in_dk), (dv, in_dv)
-
-        zero = zero_after(delta)
-        dq = lie_like(jnp.full(q.shape, zero, dtype), q)
-        dbias = jnp.full(bias.shape, zero, dtype) if wants_bias and bias is not None else None
-        dk, dv = ((lie_like(jnp.full(x.shape, zero, x.dtype), x), grid.start_total(x, dtype, zero, 1)) for x in (k, v))
-        dq, dbias, (dk, _), (dv, _) = grid.fold(step, (dq, dbias, dk, dv), outer=1)
-        dsinks = None if sinks is None else -jnp.sum(sink_weights(sinks, lse) * delta, (0, 1))
-        return dq, dk, dv, dbias, dsinks, None, None
+        way = by_kernel if by_kernel.takes_backward(saved, dlse, ctx.options, wants_bias) else in_tiles
+        return *way.backward(saved, dout, dlse, ctx.options, wants_bias), None, None
 
     @staticmethod
     def jvp(ctx, dq, dk, dv, dbias, dsinks, _hidden, _options):
         q, k, v, bias, sinks, hidden, out, lost, lse = ctx.saved_tensors
+        given = zip((dq, dk, dv, dbias, dsinks), (q, k, v, bias, sinks), strict=True)
+        dq, dk, dv, dbias, dsinks = (zeros(jax.typeof(x)) if t is None and x is not None else t for t, x in given)
         grid, dtype = Grid.of(q, k, hidden, ctx.options), wide(q.dtype)
 
         def step(carry, tile: Tile):
@@ -177,7 +143,9 @@ def dot_product_attention(
         key_value_seq_lengths: keys from there on are not attended to.
         local_window_size: (left, right), or one number for both: query t attends to keys t - left ... t + right, all of them
             moved by `query_offset`.
-        implementation: "xla" or None for this one; "cudnn" hands on to JAX's, on NVIDIA GPUs.
+        implementation: None takes the fastest that can do the call and was verified for it on what is compiled for; "xla", "cudnn", "tokamax" or
+            "mosaic" that one, with the derivatives of this one at every order. `layers.implementations` says which and why. By a kernel, what is
+            NaN or infinite in a key may spread to queries before it.
         return_residual: another name of `return_logsumexp`, as in `jax.nn`.
         logit_soft_cap: scaled products s become cap tanh(s / cap), before `bias` is added; above 0.
         segment_ids: integers (batch, time) of packed sequences, or a tuple of those of queries and of keys: attention stays within equal ones.
@@ -194,11 +162,11 @@ def dot_product_attention(
         where a query attends to nothing, through which gradients go.
 
     Raises:
-        ValueError: for shapes that do not fit, an unknown implementation, options that cuDNN does not have, numbers out of their range, several keys.
+        ValueError: for shapes that do not fit, an unknown implementation or one that cannot do the call, numbers out of their range, several keys.
         TypeError: where arrays are of the wrong dtype, or `dropout_key` is no key.
     """
     who = arguments.WHO
-    implementation = checks.choice(who, "implementation", implementation, (None, "xla", "cudnn"))
+    implementation = checks.choice(who, "implementation", implementation, (None, *NAMES))
     query, key, value = arguments.as_query_key_value(query, key, value)
     q, k, v = (x if x.ndim == 4 else x[None] for x in (query, key, value))
     wants_logsumexp = checks.flag(who, "return_logsumexp", return_logsumexp) or checks.flag(who, "return_residual", return_residual)
@@ -209,24 +177,9 @@ def dot_product_attention(
     cap = checks.number(who, "logit_soft_cap", logit_soft_cap, "(0, inf)", optional=True)
     scale = checks.number(who, "scale", scale, traced=True, optional=True)
     shared_dropout = checks.flag(who, "broadcast_dropout", broadcast_dropout)
-    if implementation == "cudnn":
-        moved = None if isinstance(query_offset, int) and query_offset == 0 else query_offset
-        others = {"logit_soft_cap": cap, "segment_ids": segment_ids, "sinks": sinks, "dropout_rate": rate or None, "query_offset": moved}
-        return attend_by_cudnn(
-            query,
-            key,
-            value,
-            bias,
-            hidden.mask,
-            return_logsumexp=wants_logsumexp,
-            others=others,
-            scale=scale,
-            is_causal=is_causal,
-            query_seq_lengths=query_seq_lengths,
-            key_value_seq_lengths=key_value_seq_lengths,
-            local_window_size=local_window_size,
-        )
     q, scale = scaled(q, scale)
-    out, lse = DotProductAttentionFunction.apply(q, k, v, bias, sinks, hidden, Options(scale, cap, low, high, rate, shared_dropout))
+    options = Options(scale, cap, low, high, rate, shared_dropout)
+    options = replace(options, implementation=choose(who, by_kernel.describe(q, k, v, bias, sinks, hidden, options), KERNELS, implementation))
+    out, lse = DotProductAttentionFunction.apply(q, k, v, bias, sinks, hidden, options)
     out, lse = (out, lse) if query.ndim == 4 else (out[0], lse[0])
     return (out, lse) if wants_logsumexp else out

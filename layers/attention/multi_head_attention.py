@@ -21,6 +21,7 @@ from flax.nnx.nn import dtypes
 from layers.attention.dot_product_attention import dot_product_attention
 from layers.core import checks
 from layers.core.products import products_are_patched
+from layers.kernels.dispatch import NAMES
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
@@ -29,10 +30,15 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     Dropped weights are a hash of the key and their place: as many as Flax's, but not the same ones. A query whose mask hides every key
     gives zeros. An `attention_fn` other than Flax's own is called as it is.
     With both a `precision` and a `dropout_rate`, attention is Flax's own, which honours the precision there only.
+
+    `implementation`, an argument more and an attribute that may be set, is that of `layers.dot_product_attention`.
     """
 
+    implementation: str | None = None
+
     @functools.wraps(nnx.MultiHeadAttention.__init__)
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, implementation: str | None = None, **kwargs: Any):
+        self.implementation = checks.choice("MultiHeadAttention", "implementation", implementation, (None, *NAMES))
         given = checks.arguments("MultiHeadAttention", super().__init__, args, kwargs)
         for what in ("num_heads", "in_features", "qkv_features", "out_features", "num_kv_heads", "in_kv_features"):
             given[what] = checks.integer(
@@ -77,7 +83,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         if k.shape[-1] != self.in_kv_features:
             raise ValueError(f"{who}: inputs_k is None, but inputs_q cannot stand for it: it has {k.shape[-1]} features, not {self.in_kv_features}")
         found["mask"] = mask = checks.array(who, "mask", mask, "mask", optional=True)
-        if self.attention_fn is not attend:
+        if not _is_own(self.attention_fn):
             return found
         checks.shape(who, "inputs_k", k, (*q.shape[:-2], *k.shape[-2:]), "(*batch, time, features)", inputs_q=q)
         checks.shape(who, "inputs_v", found["inputs_v"], (*k.shape[:-1], self.in_kv_features), "(*batch, time, features)", inputs_k=k)
@@ -88,7 +94,13 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        return attend if name == "attention_fn" and value is nnx.dot_product_attention else value
+        if name != "attention_fn" or value is not nnx.dot_product_attention:
+            return value
+        return attend if self.implementation is None else functools.partial(attend, implementation=self.implementation)
+
+
+def _is_own(attention_fn: Any) -> bool:
+    return getattr(attention_fn, "func", attention_fn) is attend
 
 
 def attend(
@@ -106,6 +118,7 @@ def attend(
     module: nnx.Module | None = None,
     promote_dtype: Any = dtypes.promote_dtype,
     is_causal: bool = False,
+    implementation: str | None = None,
     **others: Any,
 ) -> jax.Array:
     """`flax.nnx.dot_product_attention` by `layers.dot_product_attention`: an `attention_fn` for Flax's modules."""
@@ -138,6 +151,7 @@ def attend(
         dropout_rate=dropout_rate if drops else 0.0,
         dropout_key=dropout_rng if drops else None,
         broadcast_dropout=broadcast_dropout,
+        implementation=implementation,
     )
     return out.reshape(*query.shape[:-1], value.shape[-1])
 

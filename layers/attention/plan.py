@@ -46,6 +46,7 @@ class Options:
         rate: the probability that a weight is dropped.
         shared_dropout: whether all heads and batch elements drop the same weights.
         blocks: the sizes of the blocks of queries and keys; None to choose.
+        implementation: "xla", or the kernel that computes the call.
     """
 
     scale: float = 1.0
@@ -55,6 +56,7 @@ class Options:
     rate: float = 0.0
     shared_dropout: bool = False
     blocks: tuple[int, int] | None = None
+    implementation: str = "xla"
 
     @property
     def bounded(self) -> bool:

@@ -54,11 +54,11 @@ def sums_of_products(grid: Grid, dout: jax.Array, out: jax.Array, lost: jax.Arra
     `sinks` sum it up over queries: there the gradient of one that is hidden, whose output is 0, must not be touched.
     """
     times_output = product if sinks and grid.hides else jnp.multiply
-    if lost is None:
+    if out.dtype == dtype:
         return jnp.sum(times_output(out, dout), -1)
 
     def step(delta, tile: Tile):
-        exact = exact_output(tile.take(out, 0), tile.take(lost, 0), dtype)
+        exact = exact_output(tile.take(out, 0), None if lost is None else tile.take(lost, 0), dtype)
         return tile.put(delta, jnp.sum(times_output(exact, tile.take(dout, 0).astype(dtype)), -1), 0)
 
     return grid.fold_queries(step, lie_like(jnp.zeros(out.shape[:-1], dtype), out))

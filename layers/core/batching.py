@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.core.arguments import ArrayPlace, take_apart
+from layers.core.stand_in import stand_in
 from layers.core.structure import Skeleton
 
 
@@ -46,11 +47,7 @@ def forward_with_vmap(cls: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         outputs = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(outputs, dims, strict=True)]
         return outputs, [d is not None for d in dims]
 
-    mapped = jax.custom_batching.custom_vmap(plain)
-    mapped.def_vmap(batched)
-    whole = jax.custom_jvp(lambda *arrays: mapped(*arrays))
-    whole.defjvp(lambda primals, tangents: (whole(*primals), jax.jvp(plain, primals, tangents)[1]))
-    outputs = whole(*arrays)
+    outputs = stand_in(plain, plain, arrays, batched)
     return filled[0](outputs)
 
 

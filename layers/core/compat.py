@@ -6,6 +6,7 @@ Written against JAX 0.10 (the newest for Python 3.11) and 0.12. The private name
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,8 @@ __all__ = [
     "SymbolicZero",
     "Tracer",
     "children",
+    "cudnn_attention_backward",
+    "cudnn_attention_forward",
     "define_linear_primitive",
     "depends_on",
     "evaluate",
@@ -265,3 +268,65 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
         return p["num_consts"], p["num_carry"]
     consts, carry, _ = p["ft_in"].unpack()  # JAX 0.12
     return len(consts), len(carry)
+
+
+def cudnn_attention_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, lengths: tuple[jax.Array, jax.Array] | None, **options: Any
+) -> list[jax.Array]:
+    """The output (batch, time, heads, head_dim) and the logsumexp (batch, heads, time), in float32.
+
+    `jax.nn` has the first alone, or both rounded. `options`: scale; causal; window, the number of keys that a query sees up to its own, or None.
+    """
+    return _cudnn_attention("fwd", (q, k, v, bias, lengths), (), **options, wants_bias=False, beside={"is_training": True})
+
+
+def cudnn_attention_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    lengths: tuple[jax.Array, jax.Array] | None,
+    lse: jax.Array,
+    out: jax.Array,
+    dout: jax.Array,
+    **options: Any,
+) -> list[jax.Array]:
+    """dq, dk, dv and, with `wants_bias`, dbias; the other options are those of `cudnn_attention_forward`."""
+    return _cudnn_attention("bwd", (q, k, v, bias, lengths), (lse, out, dout), **options, beside={})
+
+
+def _cudnn_attention(
+    direction: str,
+    arrays: tuple[Any, ...],
+    after: tuple[Any, ...],
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    wants_bias: bool,
+    beside: dict[str, Any],
+) -> list[jax.Array]:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    q, k, v, bias, lengths = arrays
+    none = jnp.zeros(0, q.dtype)
+    masks = cudnn.MaskType
+    padded = lengths is not None
+    mask = (masks.PADDING_CAUSAL if padded else masks.CAUSAL) if causal else (masks.PADDING if padded else masks.NO_MASK)
+    bind = getattr(cudnn, f"_dot_product_attention_{direction}_p_wrapper").bind
+    if "score_mod" in inspect.signature(getattr(cudnn, f"_dot_product_attention_{direction}_impl")).parameters:  # from JAX 0.11 on
+        beside = beside | {"score_mod": None}
+    return bind(
+        *(q, k, v, none if bias is None else bias),
+        *((none, none) if lengths is None else [n.astype(jnp.int32) for n in lengths]),
+        *(none, none, none, none),  # offsets of packed sequences, tables of pages
+        *after,
+        scale=scale,
+        seed=0,
+        dropout_rate=0.0,
+        variadic_args=(bias is not None, wants_bias),
+        mask_type=mask,
+        layout=cudnn.AttentionLayout.BTNH.value,
+        sliding_window_length=window,
+        **beside,
+    )

@@ -27,11 +27,13 @@ def dot_product_attention(
     einsum_dot_general: Any = None,
     qk_attn_weights_einsum: Any = None,
     attn_weights_value_einsum: Any = None,
+    implementation: str | None = None,
 ) -> Any:
     """`flax.linen.dot_product_attention`, by `layers.dot_product_attention`: the same arguments and values.
 
     The softmax is of float32 or wider. Dropped weights are a hash of the key and their place: as many as Flax's, but not the same ones. Where
-    weights are sown (`module`) or an einsum is given, it is Flax's.
+    weights are sown (`module`) or an einsum is given, it is Flax's. `implementation` is that of `layers.dot_product_attention`; a module takes it as
+    `attention_fn=functools.partial(dot_product_attention, implementation="xla")`.
     """
     own = (module, einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum)
     options: dict[str, Any] = {
@@ -44,7 +46,7 @@ def dot_product_attention(
     }
     if any(o is not None for o in own) or precision is not None:
         return linen.dot_product_attention(query, key, value, bias, mask, **options, module=module, **_einsums(force_fp32_for_softmax, *own[1:]))
-    return attend(query, key, value, bias, mask, **options)
+    return attend(query, key, value, bias, mask, **options, implementation=implementation)
 
 
 def _einsums(force_fp32_for_softmax: bool, *einsums: Any) -> dict[str, Any]:

@@ -38,19 +38,21 @@ class Device:
     Attributes:
         title: its name.
         platform: what JAX calls its kind.
+        architecture: which of that kind, as `layers.compiling_for` takes it.
         plugins: the packages of which one holds its compiler.
         topology: the name and the options by which the compiler knows it.
     """
 
     title: str
     platform: str
+    architecture: str
     plugins: tuple[str, ...]
     topology: tuple[str, dict[str, str]]
 
 
 DEVICES = {
-    "h100": Device("NVIDIA H100", "cuda", ("jax_cuda13_plugin", "jax_cuda12_plugin"), ("h100", {"target_config": _H100, "topology": "1x1x1"})),
-    "v5p": Device("TPU v5p", "tpu", ("libtpu",), ("v5p:2x2x1", {})),
+    "h100": Device("NVIDIA H100", "cuda", "9.0", ("jax_cuda13_plugin", "jax_cuda12_plugin"), ("h100", {"target_config": _H100, "topology": "1x1x1"})),
+    "v5p": Device("TPU v5p", "tpu", "TPU v5", ("libtpu",), ("v5p:2x2x1", {})),
 }
 
 
@@ -91,5 +93,5 @@ def compile_for(name: str, fn: Callable[..., Any], args: Any, **options: Any) ->
     sharding = _sharding(name)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     platform = DEVICES[name].platform
-    with compiling_for(platform):
+    with compiling_for(platform, DEVICES[name].architecture):
         return jax.jit(fn, **options).trace(*placed).lower(lowering_platforms=(platform,)).compile()

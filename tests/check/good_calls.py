@@ -7,5 +7,6 @@ X = jax.random.normal(jax.random.key(0), (2, 3))
 
 CALLS = {
     "residuals": lambda: {"fn": jnp.tanh, "args": (X,)},
+    "implementations": lambda: {"layer": "gelu", "args": (X,)},
     "advise": lambda: {"fn": jnp.tanh, "args": (X,)},
 }
