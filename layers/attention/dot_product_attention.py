@@ -72,8 +72,9 @@ class DotProductAttentionFunction(Function):
     @staticmethod
     def jvp(ctx, dq, dk, dv, dbias, dsinks, _hidden, _options):
         q, k, v, bias, sinks, hidden, out, lost, lse = ctx.saved_tensors
-        given = zip((dq, dk, dv, dbias, dsinks), (q, k, v, bias, sinks), strict=True)
-        dq, dk, dv, dbias, dsinks = (zeros(jax.typeof(x)) if t is None and x is not None else t for t, x in given)
+        given: Any = zip((dq, dk, dv, dbias, dsinks), (q, k, v, bias, sinks), strict=True)
+        dots: Any = tuple(zeros(jax.typeof(x)) if dot is None and x is not None else dot for dot, x in given)
+        dq, dk, dv, dbias, dsinks = dots
         grid, dtype = Grid.of(q, k, hidden, ctx.options), wide(q.dtype)
 
         def step(carry, tile: Tile):

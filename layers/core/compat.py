@@ -36,6 +36,7 @@ __all__ = [
     "is_key",
     "linearized",
     "match_placement",
+    "missing_of_cudnn",
     "on_first_device",
     "open_jaxpr",
     "scan_counts",
@@ -270,6 +271,11 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def missing_of_cudnn() -> list[str]:
+    """The private names of attention by cuDNN that this release of JAX does not have."""
+    return private.missing(private.CUDNN)
+
+
 def cudnn_attention_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, lengths: tuple[jax.Array, jax.Array] | None, **options: Any
 ) -> list[jax.Array]:
@@ -277,7 +283,7 @@ def cudnn_attention_forward(
 
     `jax.nn` has the first alone, or both rounded. `options`: scale; causal; window, the number of keys that a query sees up to its own, or None.
     """
-    return _cudnn_attention("fwd", (q, k, v, bias, lengths), (), **options, wants_bias=False, beside={"is_training": True})
+    return _cudnn_attention(_jax.cudnn_forward, (q, k, v, bias, lengths), (), **options, wants_bias=False, beside={"is_training": True})
 
 
 def cudnn_attention_backward(
@@ -292,11 +298,11 @@ def cudnn_attention_backward(
     **options: Any,
 ) -> list[jax.Array]:
     """dq, dk, dv and, with `wants_bias`, dbias; the other options are those of `cudnn_attention_forward`."""
-    return _cudnn_attention("bwd", (q, k, v, bias, lengths), (lse, out, dout), **options, beside={})
+    return _cudnn_attention(_jax.cudnn_backward, (q, k, v, bias, lengths), (lse, out, dout), **options, beside={})
 
 
 def _cudnn_attention(
-    direction: str,
+    primitive: Any,
     arrays: tuple[Any, ...],
     after: tuple[Any, ...],
     *,
@@ -306,17 +312,14 @@ def _cudnn_attention(
     wants_bias: bool,
     beside: dict[str, Any],
 ) -> list[jax.Array]:
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
     q, k, v, bias, lengths = arrays
     none = jnp.zeros(0, q.dtype)
-    masks = cudnn.MaskType
+    masks = _jax.cudnn_masks
     padded = lengths is not None
     mask = (masks.PADDING_CAUSAL if padded else masks.CAUSAL) if causal else (masks.PADDING if padded else masks.NO_MASK)
-    bind = getattr(cudnn, f"_dot_product_attention_{direction}_p_wrapper").bind
-    if "score_mod" in inspect.signature(getattr(cudnn, f"_dot_product_attention_{direction}_impl")).parameters:  # from JAX 0.11 on
+    if "score_mod" in inspect.signature(_jax.cudnn_options).parameters:  # from JAX 0.11 on
         beside = beside | {"score_mod": None}
-    return bind(
+    return primitive.bind(
         *(q, k, v, none if bias is None else bias),
         *((none, none) if lengths is None else [n.astype(jnp.int32) for n in lengths]),
         *(none, none, none, none),  # offsets of packed sequences, tables of pages
@@ -326,7 +329,7 @@ def _cudnn_attention(
         dropout_rate=0.0,
         variadic_args=(bias is not None, wants_bias),
         mask_type=mask,
-        layout=cudnn.AttentionLayout.BTNH.value,
+        layout=_jax.cudnn_layouts.BTNH.value,
         sliding_window_length=window,
         **beside,
     )

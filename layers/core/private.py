@@ -15,6 +15,8 @@ SHORT_WAY = "the short way of reverse mode: a gradient takes longer to trace"
 LINES = "the source lines of `layers.residuals` and of what `layers.rewrite` leaves as it is"
 UNUSED = "what `layers.residuals` knows of values that are kept and not used: it sees the unused ones of plain operations only"
 REWRITE = "`layers.rewrite`"
+CUDNN = "attention by cuDNN"
+_CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
 
 NAMES = {
     "Primitive": ("jax.extend.core:Primitive", LINEAR),
@@ -40,6 +42,11 @@ NAMES = {
     "current_name_stack": ("jax._src.source_info_util:current_name_stack", LINES),
     "dce_jaxpr": ("jax._src.interpreters.partial_eval:dce_jaxpr", UNUSED),
     "get_bind_params": ("jax.extend.core:Primitive.get_bind_params", REWRITE),
+    "cudnn_masks": (f"{_CUDNN}:MaskType", CUDNN),
+    "cudnn_layouts": (f"{_CUDNN}:AttentionLayout", CUDNN),
+    "cudnn_forward": (f"{_CUDNN}:_dot_product_attention_fwd_p_wrapper", CUDNN),
+    "cudnn_backward": (f"{_CUDNN}:_dot_product_attention_bwd_p_wrapper", CUDNN),
+    "cudnn_options": (f"{_CUDNN}:_dot_product_attention_fwd_impl", CUDNN),
 }
 """Of each name, where it is found and what is lost without it."""
 

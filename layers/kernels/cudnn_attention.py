@@ -31,6 +31,8 @@ def refuse(call: AttentionCall, place: Place) -> str | None:
     """Why cuDNN cannot do a call; None where it can."""
     if place.platform != "cuda":
         return f"it runs on NVIDIA GPUs, but this is compiled for {place.platform}"
+    if compat.missing_of_cudnn():
+        return f"this JAX has no {', no '.join(compat.missing_of_cudnn())}"
     if not call.sized:
         return "a length is symbolic or 0"
     head_dim, most = call.query[3], _most_features(place)
