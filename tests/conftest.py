@@ -35,7 +35,7 @@ MEMORY = 3 * 2**29
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With `-n`, a file's tests stay with one worker, which compiles what they share once; of the contract, whose tests share nothing, each goes alone.
+    """With `-n`, a file's tests stay with one worker, which compiles what they share once; the contract's, which share nothing, each go alone.
 
     What xdist calls scopes it hands out by their number of tests, so the contract comes last and both workers end at the same time.
     """
