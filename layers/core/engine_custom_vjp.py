@@ -28,6 +28,10 @@ from layers.core.tape import GradFn
 Outputs = tuple[list[Any], Callable[[list[Any]], Any]]
 
 
+_GENERIC = "generic_batching" in inspect.signature(jax.custom_vjp.defvjp).parameters
+"""Whether JAX's coming implementation, which `jax_custom_vjp3` switches on, counts the gradient of an output that a batch shares once."""
+
+
 def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
     """The arrays of the output, differentiable by the rule, and what makes the output of them.
 
@@ -36,6 +40,7 @@ def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
     """
     filled: list[Callable[[list[Any]], Any]] = []
     ran: list[str] = []
+    generic = _GENERIC and getattr(jax.config, "jax_custom_vjp3", False)
 
     def primal(*arrays: Any) -> list[Any]:
         outputs, fill = call.outputs(arrays)
@@ -51,7 +56,7 @@ def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
         record, outputs, residuals = recorded(call.name, values, lambda xs: make_record(call, xs, moving), lambda: apply(call, values)[0])
         filled[:] = [record.output.fill]
         ran.append("forward")
-        if len(values) > 1 and not getattr(jax.config, "jax_custom_vjp3", False):
+        if len(values) > 1 and not generic:
             outputs = [_depending_on(values, y) for y in outputs]
         return outputs, GradFn(record, residuals)
 
@@ -63,11 +68,12 @@ def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
     for rule in (primal, forward):
         rule.__signature__ = _ANY_ARRAYS  # type: ignore[attr-defined]  # JAX asks for it at each call, and to work it out takes long
     f = jax.custom_vjp(primal)
-    f.defvjp(forward, backward, symbolic_zeros=True)
+    f.defvjp(forward, backward, symbolic_zeros=True, **({"generic_batching": True} if generic else {}))
     try:
         return f(*arrays), filled[0]
     except TypeError as error:
-        if ran != ["forward"]:
+        refused = ran == ["forward"] or (generic and ran == ["primal", "forward"])
+        if not refused:
             raise
         raise TypeError(
             f"{call.name}: forward mode (jax.jvp, jax.jacfwd, jax.linearize) does not go through a Function under the engine 'custom_vjp'; "
@@ -78,8 +84,7 @@ def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
 def _depending_on(arrays: Sequence[jax.Array], y: jax.Array) -> jax.Array:
     """`y`, which `vmap` takes to depend on each of the arrays, and XLA does not.
 
-    So it is batched where one of them is. The gradient of an output that the whole batch shares would be counted once an element, or refused; the
-    implementation of `jax.custom_vjp` that `jax_custom_vjp3` switches on counts it once.
+    So it is batched where one of them is. The gradient of an output that the whole batch shares would be counted once an element, or refused.
     """
     if not jnp.issubdtype(y.dtype, np.inexact):
         return y
