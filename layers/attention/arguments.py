@@ -52,7 +52,7 @@ def _offsets_of(offset: Any, batch: int) -> jax.Array:
 
 
 def hidden_of(
-    q: jax.Array, k: jax.Array, mask: Any, query_lengths: Any, key_lengths: Any, segment_ids: Any, offsets: Any, rate: float, key: Any
+    q: jax.Array, k: jax.Array, mask: Any, query_lengths: Any, key_lengths: Any, segment_ids: Any, offsets: Any, rate: Any, key: Any
 ) -> Hidden:
     query_segments, key_segments = segments_of(segment_ids, q, k)
     return Hidden(
@@ -63,6 +63,7 @@ def hidden_of(
         key_segments=key_segments,
         offsets=offsets,
         words=words_of(rate, key),
+        rate=rate if isinstance(rate, jax.Array) else None,
     )
 
 
@@ -117,9 +118,9 @@ def sinks_of(sinks: Any, heads: int) -> jax.Array | None:
     return sinks
 
 
-def words_of(rate: float, key: Any) -> jax.Array | None:
+def words_of(rate: Any, key: Any) -> jax.Array | None:
     key = checks.key(WHO, "dropout_key", key, optional=True)
-    if not rate:
+    if not isinstance(rate, jax.Array) and rate == 0:
         return None
     if key is None:
         raise ValueError(f"{WHO}: dropout_rate is above 0, so give dropout_key, a key of jax.random")

@@ -43,7 +43,7 @@ def describe(q: Any, k: Any, v: Any, bias: Any, sinks: Any, hidden: Hidden, opti
         segments=hidden.query_segments is not None,
         offsets=hidden.offsets is not None,
         sinks=sinks is not None,
-        dropout=options.rate > 0,
+        dropout=hidden.words is not None,
         cap=options.cap,
         mesh=_mesh_of(q, k, v),
     )

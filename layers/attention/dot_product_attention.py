@@ -42,6 +42,7 @@ from layers.attention.tiles import Grid
 from layers.attention.weights import exact_output, sink_weights, times, weights_of
 from layers.core import checks
 from layers.core.compat import zeros
+from layers.core.constants import refuse_gradient
 from layers.core.function import Function
 from layers.core.numerics import dot, scaled, wide
 from layers.core.recompute import barrier
@@ -62,6 +63,7 @@ class DotProductAttentionFunction(Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
+        refuse_gradient(arguments.WHO, "dropout_rate", ctx.needs_input_grad[5])
         saved, (dout, dlse) = barrier(ctx.saved_tensors, (dout, dlse))
         _, _, _, bias, _, _, out, _, _ = saved
         dout = zeros(jax.typeof(out)) if dout is None else dout
@@ -72,6 +74,7 @@ class DotProductAttentionFunction(Function):
     @staticmethod
     def jvp(ctx, dq, dk, dv, dbias, dsinks, _hidden, _options):
         q, k, v, bias, sinks, hidden, out, lost, lse = ctx.saved_tensors
+        refuse_gradient(arguments.WHO, "dropout_rate", ctx.needs_input_grad[5])
         given: Any = zip((dq, dk, dv, dbias, dsinks), (q, k, v, bias, sinks), strict=True)
         dots: Any = tuple(zeros(jax.typeof(x)) if dot is None and x is not None else dot for dot, x in given)
         dq, dk, dv, dbias, dsinks = dots
@@ -121,7 +124,7 @@ def dot_product_attention(
     logit_soft_cap: float | None = None,
     segment_ids: Any = None,
     sinks: Float[Array, " heads"] | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: float | Float[Array, ""] = 0.0,
     dropout_key: Any = None,
     broadcast_dropout: bool = False,
     return_logsumexp: bool = False,
@@ -151,7 +154,8 @@ def dot_product_attention(
         logit_soft_cap: scaled products s become cap tanh(s / cap), before `bias` is added; above 0.
         segment_ids: integers (batch, time) of packed sequences, or a tuple of those of queries and of keys: attention stays within equal ones.
         sinks: one more score for each head, of a key without a value.
-        dropout_rate: the probability that a weight is set to zero, in [0, 1); the others are divided by 1 - dropout_rate.
+        dropout_rate: the probability that a weight is set to zero, in [0, 1); the others are divided by 1 - dropout_rate. May be traced; it has no
+            gradient.
         dropout_key: a key of `jax.random`. The weights dropped are a hash of it and their place, computed again in backward.
         broadcast_dropout: whether all heads and batch elements drop the same weights.
         return_logsumexp: whether to return the logarithm of the sum of exp(score), too.
@@ -171,7 +175,7 @@ def dot_product_attention(
     query, key, value = arguments.as_query_key_value(query, key, value)
     q, k, v = (x if x.ndim == 4 else x[None] for x in (query, key, value))
     wants_logsumexp = checks.flag(who, "return_logsumexp", return_logsumexp) or checks.flag(who, "return_residual", return_residual)
-    rate = checks.number(who, "dropout_rate", dropout_rate, "[0, 1)")
+    rate = checks.number(who, "dropout_rate", dropout_rate, "[0, 1)", traced=True)
     low, high, offsets = arguments.bounds_of(is_causal, local_window_size, query_offset, q.shape[0])
     hidden = arguments.hidden_of(q, k, mask, query_seq_lengths, key_value_seq_lengths, segment_ids, offsets, rate, dropout_key)
     bias, sinks = arguments.bias_of(bias, q, k), arguments.sinks_of(sinks, q.shape[2])
@@ -179,7 +183,7 @@ def dot_product_attention(
     scale = checks.number(who, "scale", scale, traced=True, optional=True)
     shared_dropout = checks.flag(who, "broadcast_dropout", broadcast_dropout)
     q, scale = scaled(q, scale)
-    options = Options(scale, cap, low, high, rate, shared_dropout)
+    options = Options(scale, cap, low, high, 0.0 if hidden.rate is not None else rate, shared_dropout)
     options = replace(options, implementation=choose(who, by_kernel.describe(q, k, v, bias, sinks, hidden, options), KERNELS, implementation))
     out, lse = DotProductAttentionFunction.apply(q, k, v, bias, sinks, hidden, options)
     out, lse = (out, lse) if query.ndim == 4 else (out[0], lse[0])

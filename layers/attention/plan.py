@@ -24,7 +24,7 @@ FAR, ROOM = (1024, 1024), 8
 
 
 class Hidden(NamedTuple):
-    """The arrays that decide which scores are left out, and which are dropped."""
+    """The arrays that decide which scores are left out, and which weights are dropped; the rate only where it is an array."""
 
     mask: Any = None
     query_lengths: Any = None
@@ -33,6 +33,7 @@ class Hidden(NamedTuple):
     key_segments: Any = None
     offsets: Any = None
     words: Any = None
+    rate: Any = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Options:
         scale: of the scores.
         cap: a score s becomes cap tanh(s / cap); None for s.
         low, high: bounds of the query's position less the key's; None for no bound.
-        rate: the probability that a weight is dropped.
+        rate: the probability that a weight is dropped, where there are words of a key and no such array.
         shared_dropout: whether all heads and batch elements drop the same weights.
         blocks: the sizes of the blocks of queries and keys; None to choose.
         implementation: "xla", or the kernel that computes the call.

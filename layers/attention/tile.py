@@ -19,7 +19,7 @@ from jax import lax
 
 from layers.attention.heads import group_heads, split_heads
 from layers.attention.plan import Hidden, Options
-from layers.core.hashing import ODD, below, mix
+from layers.core.hashing import ODD, mix, spared
 from layers.core.numerics import dot, wide
 from layers.core.slices import slice_here
 
@@ -180,16 +180,17 @@ class Tile:
 
     def multiplier(self, dtype: Any) -> jax.Array | None:
         """What dropout multiplies the weights by, 0 or 1 / (1 - rate): a hash of batch element, head and positions."""
-        grid, rate = self.grid, self.grid.options.rate
-        if not rate:
+        grid, words = self.grid, self.grid.hidden.words
+        if words is None:
             return None
-        first, second = grid.hidden.words[0], grid.hidden.words[-1]
+        rate = grid.options.rate if grid.hidden.rate is None else grid.hidden.rate
+        first, second = words[0], words[-1]
         planes = (1, 1, 1) if grid.options.shared_dropout else grid.planes
         plane = jnp.arange(np.prod(planes), dtype=jnp.uint32).reshape(*planes, 1, 1)
         of_rows = mix(mix(plane ^ first) + self.position(0)[:, None].astype(jnp.uint32))
         of_columns = mix(self.position(1).astype(jnp.uint32) ^ mix(second + jnp.uint32(ODD)))
-        kept = below(mix(of_rows ^ of_columns), 1 - rate)
-        return kept.astype(dtype) / (1 - rate)
+        kept = spared(mix(of_rows ^ of_columns), rate)
+        return kept.astype(dtype) / jnp.asarray(1 - rate, dtype)
 
 
 def _all(found: list[jax.Array]) -> jax.Array | None:

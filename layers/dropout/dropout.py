@@ -18,7 +18,6 @@ as 1, 2, 3", 2011.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,13 +26,12 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import rnglib
 from flax.nnx.module import first_from
-from jax import lax
-from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
 from layers.core import checks
+from layers.core.constants import refuse_gradient
 from layers.core.function import Function
-from layers.core.hashing import ODD, below, mix
+from layers.core.hashing import hash_bits, masked, spared
 from layers.core.recompute import barrier
 
 GENERATORS = ("hash", "threefry")
@@ -44,12 +42,13 @@ class DropoutFunction(Function):
     def forward(ctx, x, words, rate, broadcast_dims, generator):
         ctx.save_for_backward(words)
         ctx.rate, ctx.shape, ctx.generator = rate, tuple(1 if i in broadcast_dims else n for i, n in enumerate(x.shape)), generator
-        return _masked(x, keep_mask(words, 1 - rate, ctx.shape, generator), rate)
+        return masked(x, keep_mask(words, rate, ctx.shape, generator), rate)
 
     @staticmethod
     def backward(ctx, dy):
+        refuse_gradient("dropout", "rate", ctx.needs_input_grad[2])
         (words,), dy = barrier(ctx.saved_tensors, dy)
-        return _masked(dy, keep_mask(words, 1 - ctx.rate, ctx.shape, ctx.generator), ctx.rate), None, None, None, None
+        return masked(dy, keep_mask(words, ctx.rate, ctx.shape, ctx.generator), ctx.rate), None, None, None, None
 
     @staticmethod
     def example(key, dtype):
@@ -57,14 +56,14 @@ class DropoutFunction(Function):
 
 
 def dropout(
-    x: Float[Array, "*shape"], key: Any, *, rate: float, broadcast_dims: Sequence[int] = (), generator: str = "hash"
+    x: Float[Array, "*shape"], key: Any, *, rate: float | Float[Array, ""], broadcast_dims: Sequence[int] = (), generator: str = "hash"
 ) -> Float[Array, "*shape"]:
     """Sets elements to zero at random and scales the others so that the mean stays.
 
     Args:
         x: any array.
         key: a key of `jax.random`, or an integer seed. The mask is a function of it and of the shape.
-        rate: the probability of zero, in [0, 1].
+        rate: the probability of zero, in [0, 1]. May be traced; it has no gradient.
         broadcast_dims: axes along which the mask is the same.
         generator: "hash", a counter-based hash that is several times faster than JAX's default generator; or "threefry",
             the mask of `jax.random.bernoulli(key, 1 - rate, shape)`, from the generator that `key` belongs to.
@@ -83,18 +82,17 @@ def _drop(who: str, what: str, x: Any, key_name: str, key: Any, rate: Any, broad
     """`dropout`, whose errors are those of `who`, with its names of the array and the key."""
     x = checks.array(who, what, x, "inexact")
     rate, dims, generator = _options(who, rate, broadcast_dims, generator, x.ndim)
-    key = checks.key(who, key_name, key, optional=rate in (0, 1))
-    if rate == 0:
-        return x
-    if rate == 1:
-        return jnp.zeros_like(x)
+    settled = not isinstance(rate, jax.Array) and rate in (0, 1)
+    key = checks.key(who, key_name, key, optional=settled)
+    if settled:
+        return jnp.zeros_like(x) if rate else x
     generator = generator if generator == "hash" else str(jax.random.key_impl(key))
     return DropoutFunction.apply(x, jax.random.key_data(key), rate, dims, generator)
 
 
-def _options(who: str, rate: Any, broadcast_dims: Any, generator: Any, ndim: int | None = None) -> tuple[float, tuple[int, ...], str]:
+def _options(who: str, rate: Any, broadcast_dims: Any, generator: Any, ndim: int | None = None) -> tuple[Any, tuple[int, ...], str]:
     """What is asked of the options; without `ndim` the axes are those of an array that is not there yet."""
-    rate = checks.number(who, "rate", rate, "[0, 1]")
+    rate = checks.number(who, "rate", rate, "[0, 1]", traced=True)
     given = checks.several(broadcast_dims)
     if ndim is None:
         dims = tuple(checks.integer(who, "broadcast_dims", d) for d in given)
@@ -156,56 +154,15 @@ def _require_streams(rngs: Any, *kinds: type) -> None:
         raise TypeError(f"Dropout: rngs is {checks.shown(rngs)}, but must be random streams or one of them: nnx.Rngs(seed)")
 
 
-def keep_mask(words: jax.Array, keep: float, shape: tuple[int, ...], generator: str) -> jax.Array:
-    """True with probability `keep`, a function of the words of a key and the shape.
+def keep_mask(words: jax.Array, rate: Any, shape: tuple[int, ...], generator: str) -> jax.Array:
+    """False with probability `rate`, a function of the words of a key and the shape.
 
     Args:
         words: uint32 words.
-        keep: a number in (0, 1).
+        rate: a number in (0, 1), or a traced one in [0, 1].
         shape: that of the mask.
         generator: "hash", or the implementation of `jax.random` that the words are a key of.
     """
     if generator != "hash":
-        return jax.random.bernoulli(jax.random.wrap_key_data(words, impl=generator), keep, shape)
-    return below(hash_bits(words, shape), keep)
-
-
-def hash_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A uniform uint32 for each index, a function of the words of a key.
-
-    A symbolic size (`jax.export`) gives what the same number does, in arrays of up to 2³² elements, but not before another symbolic axis.
-    """
-    k0, k1 = _mixed_key(words)
-    index, stride = jnp.zeros((), jnp.uint32), 1
-    for axis in reversed(range(len(shape))):
-        position = lax.broadcasted_iota(jnp.uint32, shape, axis)
-        if is_symbolic_dim(stride) or stride >= 2**32:
-            k1 = mix(k1 + position * jnp.uint32(ODD))
-        else:
-            index = index + position * jnp.uint32(stride)
-            if is_symbolic_dim(shape[axis]):
-                high = _quotient(position, min(2**32 // stride, 2**32 - 1))
-                k1 = jnp.where(high > 0, mix(k1 + high * jnp.uint32(ODD)), k1)
-            elif stride * shape[axis] > 2**32:
-                k1 = mix(k1 + _quotient(position, 2**32 // stride) * jnp.uint32(ODD))
-        stride *= shape[axis] if is_symbolic_dim(shape[axis]) else max(shape[axis], 1)
-    return mix(mix(index + k0) ^ k1)
-
-
-def _quotient(position: jax.Array, divisor: int) -> jax.Array:
-    """Behind a barrier, as XLA computes a quotient of constants while it compiles, which takes minutes for the 2³² elements that this is for."""
-    return lax.div(position, lax.optimization_barrier(jnp.uint32(divisor)))
-
-
-def _mixed_key(words: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two words in which every bit of the key acts on every bit."""
-    k0, k1 = jnp.uint32(ODD), jnp.uint32(0x85EBCA6B)
-    for i in range(math.prod(words.shape)):
-        w = words.reshape(-1)[i]
-        k0 = mix(k0 ^ w) + k1
-        k1 = mix(k1 + k0)
-    return k0, k1
-
-
-def _masked(x: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
-    return jnp.where(mask, x / (1 - rate), jnp.zeros((), x.dtype))
+        return jax.random.bernoulli(jax.random.wrap_key_data(words, impl=generator), 1 - jnp.asarray(rate, float), shape)
+    return spared(hash_bits(words, shape), rate)

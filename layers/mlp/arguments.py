@@ -42,6 +42,17 @@ def norm(who: str, x: jax.Array, scale: Any, epsilon: Any, scale_offset: Any) ->
     return scale, {"epsilon": epsilon, "scale_offset": offset}
 
 
+def dropping(who: str, rate: Any, key: Any) -> dict[str, Any]:
+    """What a plan holds of these."""
+    rate = checks.number(who, "dropout_rate", rate, "[0, 1]", traced=True)
+    key = checks.key(who, "dropout_key", key, optional=True)
+    if not isinstance(rate, jax.Array) and rate == 0:
+        return {}
+    if key is None:
+        raise ValueError(f"{who}: dropout_rate is above 0, so give dropout_key, a key of jax.random")
+    return {"rate": rate, "words": jax.random.key_data(key)}
+
+
 def rows(who: str, x: Any) -> jax.Array:
     x = checks.array(who, "x", x)
     if x.ndim == 0:

@@ -9,6 +9,9 @@ A block of h, and of the a that are not saved, is all that is ever there. Going 
 
 where x may be the norm of rows (`prenorm.py`), which is not kept either, and the sums of all blocks add up in float32 or wider. The loop is
 what makes the saving real: of recomputed products that stand free, XLA finds that forward has them already, and keeps those.
+
+Where h goes through dropout on its way, with a mask m, m h / (1 - rate) stands for h in both, and da_i is multiplied in the same way. The mask is
+drawn for the rows of a block, from a hash of the words of a key and the place in all of h: whatever the blocks, it is that of `layers.dropout`.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from layers.core.blocks import block_size, map_blocks
+from layers.core.hashing import hash_bits, masked, spared
 from layers.core.late import scan_blocks_late
 from layers.core.machine import choose
 from layers.core.numerics import dot, hidden_dot, wide
@@ -71,6 +76,8 @@ class Plan(NamedTuple):
         dtype: of the operands of the products and of the output; None for the common one of the arrays.
         epsilon: of the norm, where there is one.
         scale_offset: is added to the scale of the norm.
+        rate: the probability with which elements of h are dropped, where there are words.
+        words: of the key; None to drop nothing.
     """
 
     hidden: Hidden
@@ -79,6 +86,19 @@ class Plan(NamedTuple):
     dtype: Any = None
     epsilon: Any = 0.0
     scale_offset: float = 0.0
+    rate: Any = 0.0
+    words: Any = None
+
+    def dropping(self, places: Any, rows: int, hidden_features: int) -> Callable[[jax.Array], jax.Array]:
+        """Dropout of arrays that lie as the hidden layer at these of its `rows`."""
+        if self.words is None:
+            return lambda h: h
+        kept = spared(hash_bits(self.words, (rows, hidden_features), places), self.rate)
+        return lambda h: masked(h, kept, self.rate)
+
+    def places(self, rows: int) -> Any:
+        """Those of the rows, if they are to be known."""
+        return None if self.words is None else lax.broadcasted_iota(jnp.uint32, (rows,), 0)
 
     def factor(self, scale: jax.Array) -> jax.Array:
         """What the norm of x is multiplied by."""
@@ -95,13 +115,16 @@ def run(x: jax.Array, scale: Any, ups: Sequence[Affine], down: Affine, plan: Pla
     dtype = plan.dtype or jnp.result_type(x, *jax.tree.leaves((ups, down)))
     ups, down = _cast((ups, down), dtype)
 
-    def block(x: jax.Array) -> tuple[jax.Array, Any]:
+    rows, hidden_features = x.shape[0], down.kernel.shape[0]
+
+    def block(given: Any) -> tuple[jax.Array, Any]:
+        x, places = given
         n = x if scale is None else prenorm.normalize(x, plan.epsilon)[0] * plan.factor(scale)
         a = [up(n.astype(dtype)) for up in ups]
-        y = down(plan.hidden.value(*a).astype(dtype))
+        y = down(plan.dropping(places, rows, hidden_features)(plan.hidden.value(*a).astype(dtype)))
         return y.astype(dtype), [a.astype(dtype) for a in a] if plan.keep else None
 
-    return map_blocks(block, x, block=plan.rows_in_block(x.shape[0], down.kernel.shape[0], dtype))
+    return map_blocks(block, (x, plan.places(rows)), block=plan.rows_in_block(rows, hidden_features, dtype))
 
 
 class Needs(NamedTuple):
@@ -115,26 +138,28 @@ class Needs(NamedTuple):
 
 def run_back(dy: jax.Array, x: jax.Array, scale: Any, kept: Any, ups: Sequence[Affine], down: Affine, plan: Plan, needs: Needs) -> Needs:
     """The gradients that `needs` asks for, None for the others."""
-    dtype, rows = dy.dtype, plan.rows_in_block(dy.shape[0], down.kernel.shape[0], dy.dtype)
-    if rows >= dy.shape[0]:  # there is no loop to protect what is recomputed
+    dtype, rows, hidden_features = dy.dtype, dy.shape[0], down.kernel.shape[0]
+    size = plan.rows_in_block(rows, hidden_features, dtype)
+    if size >= rows:  # there is no loop to protect what is recomputed
         (x, scale, kept, ups, down), dy = barrier((x, scale, kept, ups, down), dy)
     dscale = _zeros(Affine(None, scale), Affine(False, needs.scale)).bias
     start = dscale, [_zeros(up, n) for up, n in zip(ups, needs.ups, strict=True)], _zeros(down, needs.down)
     (ups, down), needs_up, needs_n = _cast((ups, down), dtype), any(any(n) for n in needs.ups), needs.x or needs.scale
 
     def block(sums: Any, given: Any) -> tuple[Any, Any]:
-        dy, x, a = given
+        dy, x, a, places = given
         dscale, dups, ddown = sums
+        drop = plan.dropping(places, rows, hidden_features)
         xhat, root = (x, None) if scale is None else prenorm.normalize(x, plan.epsilon)
         n = (xhat if scale is None else xhat * plan.factor(scale)).astype(dtype)
         a = [up(n) for up in ups] if a is None else [a.astype(wide(dtype)) for a in a]
         if needs.down.kernel:
-            ddown = ddown.add(plan.hidden.value(*a).astype(dtype), dy)
+            ddown = ddown.add(drop(plan.hidden.value(*a).astype(dtype)), dy)
         elif needs.down.bias:
             ddown = ddown.add(None, dy)
         if not needs_n and not needs_up:
             return (dscale, dups, ddown), None
-        da = plan.hidden.pull(hidden_dot("ro,io->ri", dy, down.kernel), *a)
+        da = [drop(d) for d in plan.hidden.pull(hidden_dot("ro,io->ri", dy, down.kernel), *a)]  # what is dropped may be NaN
         dups = [dup.add(n, d) for dup, d in zip(dups, da, strict=True)]
         if not needs_n:
             return (dscale, dups, ddown), None
@@ -144,14 +169,8 @@ def run_back(dy: jax.Array, x: jax.Array, scale: Any, kept: Any, ups: Sequence[A
             dscale = dscale + more.astype(dscale.dtype) if needs.scale else None
         return (dscale, dups, ddown), dx.astype(x.dtype) if needs.x else None
 
-    (dscale, dups, ddown), dx = scan_blocks_late(block, start, (dy, x, kept), block=rows)
+    (dscale, dups, ddown), dx = scan_blocks_late(block, start, (dy, x, kept, plan.places(rows)), block=size)
     return Needs(dx, dscale, dups, ddown)
-
-
-def refuse_gradient_of_options(who: str, needed: bool) -> None:
-    """Raises where what a plan holds is being differentiated."""
-    if needed:
-        raise TypeError(f"{who}: epsilon has no gradient, nor what an activation closes over: pass jax.lax.stop_gradient(epsilon)")
 
 
 def _cast(parameters: Any, dtype: Any) -> Any:

@@ -23,11 +23,12 @@ from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxtyping import Array, Float
 
+from layers.core.constants import refuse_gradient
 from layers.core.elementwise import ACTIVATIONS, Activation
 from layers.core.function import Function
 from layers.core.rows import as_rows
-from layers.mlp import arguments
-from layers.mlp.blocks import Affine, Hidden, Needs, Plan, refuse_gradient_of_options, run, run_back
+from layers.mlp import arguments, drops
+from layers.mlp.blocks import Affine, Hidden, Needs, Plan, run, run_back
 
 
 def hidden(f: Activation) -> Hidden:
@@ -53,7 +54,7 @@ class GatedMLPFunction(Function):
     def backward(ctx, dy):
         x, kept, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, norm_scale = ctx.saved_tensors
         needs_x, gate, up, down, gate_b, up_b, down_b, scale, options = ctx.needs_input_grad
-        refuse_gradient_of_options("gated_mlp", options)
+        refuse_gradient("gated_mlp", "what epsilon, dropout_rate or activation hold", options)
         fused = up_kernel is None
         ups, needs = _apart(Affine(gate_kernel, gate_bias), Affine(up_kernel, up_bias)), [Affine(gate, gate_b)] * 2
         needs = needs if fused else [needs[0], Affine(up, up_b)]
@@ -95,6 +96,8 @@ def gated_mlp(
     norm_scale: Float[Array, " in_features"] | None = None,
     epsilon: float | Float[Array, ""] = 1e-6,
     scale_offset: float = 0.0,
+    dropout_rate: float | Float[Array, ""] = 0.0,
+    dropout_key: Any = None,
 ) -> Float[Array, "*batch out_features"]:
     """Computes `(f(x @ gate_kernel) * (x @ up_kernel)) @ down_kernel` without ever holding the hidden layer whole.
 
@@ -117,13 +120,16 @@ def gated_mlp(
         norm_scale: where given, all this is of `rms_norm(x, norm_scale, epsilon=epsilon)`, which is then not kept for backward.
         epsilon: of that norm.
         scale_offset: of that norm: is added to its scale (1 for Gemma).
+        dropout_rate: the probability that an element of the hidden layer is set to zero, in [0, 1]; the others are divided by 1 - dropout_rate.
+        dropout_key: a key of `jax.random`. The mask is that of `layers.dropout(hidden, dropout_key, rate=dropout_rate)`, drawn again in backward.
 
     Returns:
         `(*batch, out_features)`.
 
     Raises:
-        ValueError: for shapes that do not fit, an unknown activation or `save`, a negative epsilon.
-        TypeError: where an array is not of a real floating-point dtype.
+        ValueError: for shapes that do not fit, an unknown activation or `save`, a negative epsilon, a rate outside [0, 1] or without a key.
+        TypeError: where an array is not of a real floating-point dtype, `dropout_key` is no key, or the gradient of `epsilon` or `dropout_rate` is
+            asked for.
     """
     options = {
         "activation": activation,
@@ -133,6 +139,7 @@ def gated_mlp(
         "norm_scale": norm_scale,
         "epsilon": epsilon,
         "scale_offset": scale_offset,
+        "dropout": (dropout_rate, dropout_key),
     }
     return _compute("gated_mlp", x, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, **options)
 
@@ -154,6 +161,7 @@ def _compute(
     norm_scale: Any,
     epsilon: Any,
     scale_offset: Any,
+    dropout: tuple[Any, Any],
 ) -> jax.Array:
     """`gated_mlp`, for the function and for the module."""
     x, fused = arguments.rows(who, x), up_kernel is None
@@ -164,8 +172,11 @@ def _compute(
     if fused and found[1] is not None:
         raise ValueError(f"{who}: up_bias is given, but without up_kernel must be None: gate_bias holds both")
     norm_scale, norm = arguments.norm(who, x, norm_scale, epsilon, scale_offset)
+    dropping = arguments.dropping(who, *dropout)
     f = arguments.activation(who, activation)
-    plan = Plan(HIDDEN[activation] if isinstance(activation, str) else hidden(f), **arguments.options(who, save, block_size, dtype), **norm)
+    plan = Plan(
+        HIDDEN[activation] if isinstance(activation, str) else hidden(f), **arguments.options(who, save, block_size, dtype), **norm, **dropping
+    )
     y = GatedMLPFunction.apply(as_rows(x), gate_kernel, up[0] if up else None, down_kernel, *found, norm_scale, plan)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -185,7 +196,10 @@ class GatedMLP(nnx.Module):
         bias_init: makes the biases.
         save: what stays for backward, as in `gated_mlp`.
         block_size: as in `gated_mlp`.
-        rngs: where random numbers come from.
+        dropout_rate: as in `gated_mlp`.
+        deterministic: whether nothing is dropped, as of `flax.nnx.Dropout`: what the call says goes before it, and `eval()`, `train()` and `nnx.view`
+            set it.
+        rngs: where random numbers come from; of dropout, from its stream "dropout".
     """
 
     def __init__(
@@ -202,6 +216,8 @@ class GatedMLP(nnx.Module):
         bias_init: Any = default_bias_init,
         save: str = "preactivations",
         block_size: int | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool | None = False,
         rngs: nnx.Rngs,
     ):
         options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init}
@@ -212,10 +228,23 @@ class GatedMLP(nnx.Module):
         self.gate = nnx.Linear(in_features, hidden_features, **options)
         self.up = nnx.Linear(in_features, hidden_features, **options)
         self.down = nnx.Linear(hidden_features, out_features, **options)
+        self.dropout = drops.module("GatedMLP", dropout_rate, deterministic, rngs)
         self.activation, self.save, self.dtype, self.block_size = activation, save, dtype, block_size
 
-    def __call__(self, x: Any, norm_scale: Any = None, epsilon: float = 1e-6, scale_offset: float = 0.0) -> jax.Array:
-        """`norm_scale`, `epsilon` and `scale_offset` as of `gated_mlp`: with those of an `RMSNorm`, what the module gives of its output."""
+    def __call__(
+        self,
+        x: Any,
+        norm_scale: Any = None,
+        epsilon: float = 1e-6,
+        scale_offset: float = 0.0,
+        *,
+        deterministic: bool | None = None,
+        rngs: Any = None,
+    ) -> jax.Array:
+        """`norm_scale`, `epsilon` and `scale_offset` as of `gated_mlp`: with those of an `RMSNorm`, what the module gives of its output.
+
+        deterministic, rngs: as of `flax.nnx.Dropout`.
+        """
         maps = self.gate, self.up, self.down
         return _compute(
             "GatedMLP",
@@ -229,4 +258,5 @@ class GatedMLP(nnx.Module):
             norm_scale=norm_scale,
             epsilon=epsilon,
             scale_offset=scale_offset,
+            dropout=drops.rate_and_key("GatedMLP", self.dropout, deterministic, rngs),
         )

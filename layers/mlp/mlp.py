@@ -24,11 +24,12 @@ from flax import nnx
 from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxtyping import Array, Float
 
+from layers.core.constants import refuse_gradient
 from layers.core.elementwise import ACTIVATIONS, Activation
 from layers.core.function import Function
 from layers.core.rows import as_rows
-from layers.mlp import arguments
-from layers.mlp.blocks import Affine, Hidden, Needs, Plan, refuse_gradient_of_options, run, run_back
+from layers.mlp import arguments, drops
+from layers.mlp.blocks import Affine, Hidden, Needs, Plan, run, run_back
 
 
 def hidden(f: Activation) -> Hidden:
@@ -51,7 +52,7 @@ class MLPFunction(Function):
     def backward(ctx, dy):
         x, a, up_kernel, down_kernel, up_bias, down_bias, norm_scale = ctx.saved_tensors
         needs_x, up, down, up_b, down_b, scale = ctx.needs_input_grad[:6]
-        refuse_gradient_of_options("mlp", ctx.needs_input_grad[6])
+        refuse_gradient("mlp", "what epsilon, dropout_rate or activation hold", ctx.needs_input_grad[6])
         needs = Needs(needs_x, scale, [Affine(up, up_b)], Affine(down, down_b))
         dx, dscale, (dup,), ddown = run_back(dy, x, norm_scale, a, [Affine(up_kernel, up_bias)], Affine(down_kernel, down_bias), ctx.plan, needs)
         return dx, dup.kernel, ddown.kernel, dup.bias, ddown.bias, dscale, None
@@ -60,7 +61,7 @@ class MLPFunction(Function):
     def example(key, dtype):
         shapes = (5, 3), (3, 7), (7, 4), (7,), (4,), (3,)
         arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 6), shapes, strict=True)]
-        return *arrays, Plan(HIDDEN["gelu"], keep=False, block=2, epsilon=1e-6)
+        return *arrays, Plan(HIDDEN["gelu"], keep=False, block=2, epsilon=1e-6, rate=0.3, words=jnp.array([1, 2], jnp.uint32))
 
 
 def mlp(
@@ -77,6 +78,8 @@ def mlp(
     norm_scale: Float[Array, " in_features"] | None = None,
     epsilon: float | Float[Array, ""] = 1e-6,
     scale_offset: float = 0.0,
+    dropout_rate: float | Float[Array, ""] = 0.0,
+    dropout_key: Any = None,
 ) -> Float[Array, "*batch out_features"]:
     """Computes `f(x @ up_kernel + up_bias) @ down_kernel + down_bias` without ever holding the hidden layer whole.
 
@@ -98,13 +101,16 @@ def mlp(
         norm_scale: where given, all this is of `rms_norm(x, norm_scale, epsilon=epsilon)`, which is then not kept for backward.
         epsilon: of that norm.
         scale_offset: of that norm: is added to its scale (1 for Gemma).
+        dropout_rate: the probability that an element of the hidden layer is set to zero, in [0, 1]; the others are divided by 1 - dropout_rate.
+        dropout_key: a key of `jax.random`. The mask is that of `layers.dropout(hidden, dropout_key, rate=dropout_rate)`, drawn again in backward.
 
     Returns:
         `(*batch, out_features)`.
 
     Raises:
-        ValueError: for shapes that do not fit, an unknown activation or `save`, a negative epsilon.
-        TypeError: where an array is not of a real floating-point dtype.
+        ValueError: for shapes that do not fit, an unknown activation or `save`, a negative epsilon, a rate outside [0, 1] or without a key.
+        TypeError: where an array is not of a real floating-point dtype, `dropout_key` is no key, or the gradient of `epsilon` or `dropout_rate` is
+            asked for.
     """
     options = {
         "activation": activation,
@@ -114,6 +120,7 @@ def mlp(
         "norm_scale": norm_scale,
         "epsilon": epsilon,
         "scale_offset": scale_offset,
+        "dropout": (dropout_rate, dropout_key),
     }
     return _compute("mlp", x, up_kernel, down_kernel, up_bias, down_bias, **options)
 
@@ -133,6 +140,7 @@ def _compute(
     norm_scale: Any,
     epsilon: Any,
     scale_offset: Any,
+    dropout: tuple[Any, Any],
 ) -> jax.Array:
     """`mlp`, for the function and for the module."""
     x = arguments.rows(who, x)
@@ -140,8 +148,11 @@ def _compute(
     sizes = {"up_bias": up_kernel.shape[1], "down_bias": down_kernel.shape[1]}
     up_bias, down_bias = arguments.biases(who, sizes, up_bias=up_bias, down_bias=down_bias)
     norm_scale, norm = arguments.norm(who, x, norm_scale, epsilon, scale_offset)
+    dropping = arguments.dropping(who, *dropout)
     f = arguments.activation(who, activation)
-    plan = Plan(HIDDEN[activation] if isinstance(activation, str) else hidden(f), **arguments.options(who, save, block_size, dtype), **norm)
+    plan = Plan(
+        HIDDEN[activation] if isinstance(activation, str) else hidden(f), **arguments.options(who, save, block_size, dtype), **norm, **dropping
+    )
     y = MLPFunction.apply(as_rows(x), up_kernel, down_kernel, up_bias, down_bias, norm_scale, plan)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -161,7 +172,10 @@ class MLP(nnx.Module):
         bias_init: makes the biases.
         save: what stays for backward, as in `mlp`.
         block_size: as in `mlp`.
-        rngs: where random numbers come from.
+        dropout_rate: as in `mlp`.
+        deterministic: whether nothing is dropped, as of `flax.nnx.Dropout`: what the call says goes before it, and `eval()`, `train()` and `nnx.view`
+            set it.
+        rngs: where random numbers come from; of dropout, from its stream "dropout".
     """
 
     def __init__(
@@ -178,6 +192,8 @@ class MLP(nnx.Module):
         bias_init: Any = default_bias_init,
         save: str = "preactivations",
         block_size: int | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool | None = False,
         rngs: nnx.Rngs,
     ):
         options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init}
@@ -187,10 +203,23 @@ class MLP(nnx.Module):
         options["rngs"] = rngs
         self.up = nnx.Linear(in_features, hidden_features, **options)
         self.down = nnx.Linear(hidden_features, out_features, **options)
+        self.dropout = drops.module("MLP", dropout_rate, deterministic, rngs)
         self.activation, self.save, self.dtype, self.block_size = activation, save, dtype, block_size
 
-    def __call__(self, x: Any, norm_scale: Any = None, epsilon: float = 1e-6, scale_offset: float = 0.0) -> jax.Array:
-        """`norm_scale`, `epsilon` and `scale_offset` as of `mlp`: with those of an `RMSNorm`, what the module gives of its output."""
+    def __call__(
+        self,
+        x: Any,
+        norm_scale: Any = None,
+        epsilon: float = 1e-6,
+        scale_offset: float = 0.0,
+        *,
+        deterministic: bool | None = None,
+        rngs: Any = None,
+    ) -> jax.Array:
+        """`norm_scale`, `epsilon` and `scale_offset` as of `mlp`: with those of an `RMSNorm`, what the module gives of its output.
+
+        deterministic, rngs: as of `flax.nnx.Dropout`.
+        """
         up, down = self.up, self.down
         return _compute(
             "MLP",
@@ -206,4 +235,5 @@ class MLP(nnx.Module):
             norm_scale=norm_scale,
             epsilon=epsilon,
             scale_offset=scale_offset,
+            dropout=drops.rate_and_key("MLP", self.dropout, deterministic, rngs),
         )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import jax
 from jaxtyping import Array, Float
 
+from layers.core.constants import refuse_gradient
 from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
@@ -36,7 +37,7 @@ class AddLayerNormFunction(Function):
     @staticmethod
     def backward(ctx, dy, dsum):
         total, scale, mean, root = ctx.saved_tensors
-        statistics.refuse_gradient_of_epsilon("add_layer_norm", ctx.needs_input_grad[4])
+        refuse_gradient("add_layer_norm", "epsilon", ctx.needs_input_grad[4])
 
         def grads(dy, dsum, total, mean, root):
             dy, xhat = dy.astype(root.dtype), standardized(total.astype(root.dtype), mean, root)

@@ -24,6 +24,7 @@ from flax.nnx.module import first_from
 from jaxtyping import Array, Float
 
 from layers.core import checks
+from layers.core.constants import refuse_gradient
 from layers.core.function import Function
 from layers.core.recompute import barrier
 from layers.norms import arguments, statistics
@@ -45,7 +46,7 @@ class BatchNormFunction(Function):
 
     @staticmethod
     def backward(ctx, dy, _mean, _var):
-        statistics.refuse_gradient_of_epsilon("batch_norm", ctx.needs_input_grad[3])
+        refuse_gradient("batch_norm", "epsilon", ctx.needs_input_grad[3])
         (x, scale, mask, mean, root), dy = barrier(ctx.saved_tensors, dy)
         over = ctx.over
         dy, xhat = as_computed(dy, ctx.dtype), standardized(as_computed(x, ctx.dtype), mean, root, mask)

@@ -25,6 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from layers.core import checks
+from layers.core.constants import refuse_gradient
 from layers.core.function import Function
 from layers.core.recompute import barrier
 from layers.norms import arguments, statistics
@@ -44,7 +45,7 @@ class GroupNormFunction(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        statistics.refuse_gradient_of_epsilon("group_norm", ctx.needs_input_grad[4])
+        refuse_gradient("group_norm", "epsilon", ctx.needs_input_grad[4])
         (x, scale, mask, mean, root), dy = barrier(ctx.saved_tensors, dy)
         over, num_groups = ctx.over, ctx.num_groups
         mean, root = (_by_feature(a, x.shape[-1]) for a in (mean, root))

@@ -20,6 +20,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from layers.core.constants import refuse_gradient
 from layers.core.function import Function
 from layers.core.recompute import barrier
 from layers.norms import arguments, statistics
@@ -38,7 +39,7 @@ class LayerNormFunction(Function):
     @staticmethod
     def backward(ctx, dy):
         (x, scale, mask, mean, root), over, dtype = ctx.saved_tensors, ctx.over, ctx.dtype
-        statistics.refuse_gradient_of_epsilon("layer_norm", ctx.needs_input_grad[3])
+        refuse_gradient("layer_norm", "epsilon", ctx.needs_input_grad[3])
 
         def grads(dy, x, mean, root):
             dy, xhat = as_computed(dy, dtype), standardized(as_computed(x, dtype), mean, root, mask)

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from layers.core import checks
+from layers.core.constants import refuse_gradient
 from layers.core.function import Function
 from layers.core.recompute import barrier
 from layers.norms import arguments, statistics
@@ -38,7 +39,7 @@ class RMSNormFunction(Function):
     @staticmethod
     def backward(ctx, dy):
         (x, scale, mask, root), over, dtype = ctx.saved_tensors, ctx.over, ctx.dtype
-        statistics.refuse_gradient_of_epsilon("rms_norm", ctx.needs_input_grad[2])
+        refuse_gradient("rms_norm", "epsilon", ctx.needs_input_grad[2])
 
         def grads(dy, x, root):
             dy, (xs, by) = as_computed(dy, dtype), standard_factors(as_computed(x, dtype), None, root, mask)  # x̂ = xs by

@@ -173,9 +173,3 @@ def in_row_blocks(grads: Callable[..., tuple[jax.Array, Any]], arrays: Sequence[
 def has_blocks(x: jax.Array) -> bool:
     """Whether `x` has more rows than one block; of a symbolic number there are none."""
     return not is_symbolic_dim(x.size) and x.size * 4 > choose(BLOCK_BYTES, UNLIMITED) and x.size > x.shape[-1]
-
-
-def refuse_gradient_of_epsilon(who: str, needed: bool) -> None:
-    """Raises where epsilon is being differentiated."""
-    if needed:
-        raise TypeError(f"{who}: epsilon has no gradient: pass jax.lax.stop_gradient(epsilon)")

@@ -493,3 +493,14 @@ def test_wrong_input_is_refused(error: type[Exception], words: str, options: dic
 def test_example_runs() -> None:
     out, lse = DotProductAttentionFunction.apply(*DotProductAttentionFunction.example(jax.random.key(0), jnp.float32))
     assert bool(jnp.isfinite(out).all()) and lse.dtype == jnp.float32
+
+
+def test_traced_rate_of_dropout_gives_what_a_known_one_does() -> None:
+    q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 9, 2, 4))
+    run = lambda rate: jax.value_and_grad(lambda q: jnp.sin(dot_product_attention(q, k, v, dropout_rate=rate, dropout_key=jax.random.key(0))).sum())(
+        q
+    )
+    for rate in (0.0, 0.25):
+        assert_trees_close(jax.jit(run)(rate), run(rate), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="dot_product_attention: dropout_rate has no gradient"):
+        jax.grad(lambda rate: dot_product_attention(q, k, v, dropout_rate=rate, dropout_key=jax.random.key(0)).sum())(0.5)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.core.hashing import below, mix
+from layers.core.hashing import hash_bits, mix, spared
 
 MASK = 2**32 - 1
 
@@ -47,8 +48,15 @@ def test_bytes_of_the_hashes_of_a_counter_are_uniform(shift: int) -> None:
     assert abs(chi - 255) < 4.5 * np.sqrt(2 * 255)
 
 
-@pytest.mark.parametrize("probability", [1e-4, 0.1, 0.5, 0.999, 1 - 2.0**-40])
-def test_below_is_true_as_often_as_asked(probability: float) -> None:
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("rate", [0, 2.0**-40, 1e-4, 0.1, 0.5, 0.999, 1])
+def test_share_that_is_not_spared_is_the_rate(rate: float, traced: bool) -> None:
     n = 1 << 18
-    share = float(np.asarray(below(mix(jnp.arange(n, dtype=jnp.uint32)), probability)).mean())
-    assert abs(share - probability) <= 4.5 * np.sqrt(probability * (1 - probability) / n) + 1e-9
+    draw = lambda rate: spared(mix(jnp.arange(n, dtype=jnp.uint32)), rate)
+    share = 1 - float(np.asarray(jax.jit(draw)(rate) if traced else draw(rate)).mean())
+    assert abs(share - rate) <= 4.5 * np.sqrt(rate * (1 - rate) / n) + 1e-9
+
+
+def test_bits_of_some_rows_are_those_of_all_rows_there() -> None:
+    words, rows = jnp.array([3, 7], jnp.uint32), jnp.array([4, 0, 2])
+    np.testing.assert_array_equal(hash_bits(words, (5, 3, 2), rows), hash_bits(words, (5, 3, 2))[rows])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from layers.core.blocks import block_size, by_device, fold_blocks, scan_blocks
+from layers.core.hashing import hash_bits
 from layers.core.late import scan_blocks_late
-from layers.dropout.dropout import dropout, hash_bits
+from layers.dropout.dropout import dropout
 from layers.losses.linear_cross_entropy import linear_cross_entropy
 from layers.losses.linear_jsd import linear_jsd
 from layers.losses.softmax_cross_entropy import softmax_cross_entropy

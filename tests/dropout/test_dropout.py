@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import layers
-from layers.dropout.dropout import hash_bits
+from layers.core.hashing import hash_bits
 from tests.support import assert_trees_close, saved_bytes, temp_bytes
 
 N = 1 << 18
@@ -269,3 +269,17 @@ def test_stack_of_dropouts_and_nonlinearities_takes_less_memory(ratio):
     x = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
     ours = temp_bytes(gradient(lambda x, i: layers.dropout(x, i, rate=0.1)), x)
     assert ours <= ratio * temp_bytes(gradient(flax), x)
+
+
+@pytest.mark.parametrize("generator", ["hash", "threefry"])
+def test_traced_rate_gives_what_a_known_one_does(generator):
+    x = jax.random.normal(jax.random.key(0), (4, 5))
+    run = lambda rate: jax.value_and_grad(lambda x: jnp.sin(layers.dropout(x, jax.random.key(1), rate=rate, generator=generator)).sum())(x)
+    for rate in (0.0, 0.25, 0.9, 1.0):
+        assert_trees_close(jax.jit(run)(rate), run(rate), rtol=1e-5, atol=1e-5)
+        assert_trees_close(jax.jit(run)(jnp.float16(rate)), run(float(jnp.float16(rate))), rtol=1e-5, atol=1e-5)
+
+
+def test_rate_has_no_gradient():
+    with pytest.raises(TypeError, match="dropout: rate has no gradient"):
+        jax.grad(lambda rate: layers.dropout(jnp.ones(3), jax.random.key(1), rate=rate).sum())(0.5)

@@ -16,9 +16,16 @@ X = draw(5, 3)
 UP, DOWN = {"up_kernel": draw(3, 6), "up_bias": draw(6)}, {"down_kernel": draw(6, 4), "down_bias": draw(4)}
 GATE = {"gate_kernel": draw(3, 6), "gate_bias": draw(6)}
 
+DROPOUT = {"dropout_rate": 0.2, "dropout_key": jax.random.key(1)}
+
+
+def module():
+    return {**MODULE, "dropout_rate": 0.2, "deterministic": False, "rngs": nnx.Rngs(0)}
+
+
 CALLS = {
-    "mlp": lambda: {"x": X, **UP, **DOWN, **OPTIONS, **NORM},
-    "gated_mlp": lambda: {"x": X, **GATE, **UP, **DOWN, **OPTIONS, **NORM},
-    "MLP": (lambda: {**MODULE, "rngs": nnx.Rngs(0)}, lambda: {"x": X, **NORM}),
-    "GatedMLP": (lambda: {**MODULE, "rngs": nnx.Rngs(0)}, lambda: {"x": X, **NORM}),
+    "mlp": lambda: {"x": X, **UP, **DOWN, **OPTIONS, **NORM, **DROPOUT},
+    "gated_mlp": lambda: {"x": X, **GATE, **UP, **DOWN, **OPTIONS, **NORM, **DROPOUT},
+    "MLP": (module, lambda: {"x": X, **NORM, "deterministic": False, "rngs": nnx.Rngs(1)}),
+    "GatedMLP": (module, lambda: {"x": X, **NORM, "deterministic": False, "rngs": nnx.Rngs(1)}),
 }
