@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.check.gradcheck import gradcheck, has_gradient
-from layers.core import checks
+from layers.check.second import RAYS, Second, beside, direction_at, nan_on_rays, second_derivative
+from layers.core import checks, engine
 from layers.core.function import Function
 
 
@@ -109,6 +110,16 @@ class _Subject:
         return jax.jit(self.gradient)
 
     @functools.cached_property
+    def second(self) -> Second:
+        """The outputs, the gradient and its derivative along a direction, in one program; for float64."""
+        return second_derivative(self.outputs, _weights)
+
+    @property
+    def wide(self) -> list[np.ndarray]:
+        """The arguments in float64, where that is enabled."""
+        return [np.asarray(_wide(x)) for x in self.moving]
+
+    @functools.cached_property
     def pairs(self) -> tuple[list[Any], list[Any]]:
         """A batch of two of each argument, and the gradient of each, stacked."""
         batch = [_array(np.stack([x, _half(x)])) for x in self.moving]
@@ -121,7 +132,8 @@ def check(fn: Any, *args: Any) -> Report:
 
     Args:
         fn: a `Function` class, or any JAX function.
-        *args: its arguments; for a class that has an `example`, none are needed. Small arrays: whole Jacobians are computed.
+        *args: its arguments; for a class that has an `example` or `examples`, none are needed. Small arrays: whole Jacobians are computed.
+            `examples(key, dtype)` is a dict of more arguments by name: options that change the rule, and edges such as an empty array, 1e4 or inf.
 
     Returns:
         A report with a row for each clause; `report.passed`, `report.raise_if_failed()`.
@@ -130,15 +142,26 @@ def check(fn: Any, *args: Any) -> Report:
         TypeError: where arguments are missing, or none of them is a floating-point array.
     """
     fn = checks.function("check", "fn", fn)
-    name = getattr(fn, "__name__", type(fn).__name__)
-    if not args:
-        if not hasattr(fn, "example"):
-            raise TypeError(f"check: {name} has no `example`, so give its arguments: check({name}, *args)")
+    name, given = getattr(fn, "__name__", type(fn).__name__), bool(args)
+    if not given and hasattr(fn, "example"):
         args = fn.example(jax.random.key(0), jnp.float32)
+    elif not given and hasattr(fn, "examples"):
+        args = next(iter(_examples(fn).values()))
+    elif not given:
+        raise TypeError(f"check: {name} has no `example`, so give its arguments: check({name}, *args)")
     subject = _Subject(fn, args)
     if not subject.moving:
         raise TypeError(f"check: no argument of {name} is a floating-point array")
-    return Report(name, tuple(_run(title, clause, subject) for title, clause in _CLAUSES.items()))
+    rows = [_run("no NaN", _no_nan, subject)]
+    for title, clause in _CLAUSES.items():
+        rows.append(_run(title, clause, subject) if rows[0].outcome == "passed" else Row(title, "skipped", "there is a NaN"))
+    if not given and hasattr(fn, "examples"):
+        rows += [_run(f"example: {title}", _holds_there, _Subject(fn, at)) for title, at in _examples(fn).items()]
+    return Report(name, tuple(rows))
+
+
+def _examples(fn: Any) -> dict[str, tuple[Any, ...]]:
+    return fn.examples(jax.random.key(0), jnp.float32)
 
 
 def _run(title: str, clause: Callable[[_Subject], str | None], subject: _Subject) -> Row:
@@ -175,6 +198,25 @@ def _same(actual: Sequence[Any], expected: Sequence[Any], *, tolerance: float = 
         assert worst <= tolerance * scale, f"array {i} differs by {worst:.3g}"
 
 
+def _no_nan(s: _Subject) -> None:
+    for i, g in enumerate(map(np.asarray, s.expected)):
+        assert not np.isnan(g).any(), f"the gradient of array {i} is NaN at {tuple(map(int, np.argwhere(np.isnan(g))[0]))}"
+
+
+def _holds_there(s: _Subject) -> str | None:
+    """The clauses for one of `examples`: at an edge there is no NaN, elsewhere the derivatives are right too."""
+    if not s.moving:
+        return "no floating-point array"
+    _no_nan(s)
+    if not all(x.size and np.isfinite(np.asarray(x)).all() for x in s.moving):
+        return "no NaN"
+    said = _gradient_is_right(s)
+    try:
+        return f"{said}, and {_second_derivative(s)}"
+    except _Skip:
+        return said
+
+
 def _gradient_is_right(s: _Subject) -> str:
     surrogate = getattr(s.cls, "surrogate", None)
     if surrogate is None:
@@ -191,6 +233,44 @@ def _gradient_is_right(s: _Subject) -> str:
 
     _same(pulled(s.fn)(*s.moving), pulled(surrogate)(*s.moving))
     return "that of its surrogate"
+
+
+def _second_derivative(s: _Subject) -> str:
+    _needs_forward_mode()
+    try:
+        with jax.enable_x64(True):
+            found, expected = beside(s.second, s.wide)
+    except RuntimeError as error:
+        if "@once_differentiable" in str(error):
+            raise _Skip("differentiable once") from None
+        raise
+    surrogate = getattr(s.cls, "surrogate", None)
+    try:
+        _same(found, expected)
+        return "as differences of the gradient"
+    except AssertionError as error:
+        if surrogate is None:
+            raise AssertionError(f"{error} from differences of the gradient: backward hides how it depends on the arguments?") from None
+    with jax.enable_x64(True):
+        of_surrogate = second_derivative(lambda *moved: s.call(surrogate, *moved), _weights)
+        _same(found, of_surrogate(s.wide, [direction_at(x) for x in s.wide])[2])
+    return "that of its surrogate"
+
+
+def _far_out(s: _Subject) -> str:
+    _needs_forward_mode()
+    rays = getattr(s.cls, "rays", RAYS)
+    if not rays or (s.cls is not None and hasattr(s.cls.backward, "once_differentiable")):
+        raise _Skip("no rays" if not rays else "differentiable once")
+    with jax.enable_x64(True):
+        fault = nan_on_rays(s.second, s.wide, rays)
+    assert fault is None, fault
+    return f"no NaN at {', '.join(f'{r:g}' for r in rays)} times the example"
+
+
+def _needs_forward_mode() -> None:
+    if engine.current() != "linear":
+        raise _Skip(f"the engine '{engine.current()}' has no forward mode")
 
 
 def _linear(s: _Subject) -> None:
@@ -233,6 +313,8 @@ def _vmap(s: _Subject) -> None:
 
 
 def _forward_mode(s: _Subject) -> None:
+    if s.cls is not None:
+        _needs_forward_mode()
     if s.cls is not None and s.cls._has_jvp() and hasattr(s.cls, "surrogate"):
         raise _Skip("its tangent is by design not its gradient")
     tangents = [_array(np.cos(3 * np.asarray(x)), x.dtype) for x in s.moving]
@@ -312,6 +394,8 @@ def _memory(s: _Subject) -> str:
 
 _CLAUSES: dict[str, Callable[[_Subject], str | None]] = {
     "gradient": _gradient_is_right,
+    "second derivative": _second_derivative,
+    "far out": _far_out,
     "linear in the gradient": _linear,
     "jit": _jit,
     "vmap": _vmap,
@@ -327,7 +411,7 @@ _CLAUSES: dict[str, Callable[[_Subject], str | None]] = {
 
 
 def catalogue() -> list[type[Function]]:
-    """Every `Function` of the library that has an `example`, by name."""
+    """Every `Function` of the library that has an `example` or `examples`, by name."""
     import layers
 
     found = {}
@@ -335,6 +419,6 @@ def catalogue() -> list[type[Function]]:
         if module.name.split(".")[1] in ("core", "kernels", "check", "tools", "linen", "swap", "__main__"):
             continue
         for value in vars(importlib.import_module(module.name)).values():
-            if isinstance(value, type) and issubclass(value, Function) and "example" in vars(value):
+            if isinstance(value, type) and issubclass(value, Function) and {"example", "examples"} & {*vars(value)}:
                 found[value.__name__] = value
     return [found[name] for name in sorted(found)]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.check.hints import likely_mistake
+from layers.check.hints import likely_mistake, likely_second_mistake
 from layers.core import checks
 from layers.core.context import is_array
 from layers.core.function import Function
@@ -150,10 +150,17 @@ def gradgradcheck(fn: Any, args: Any, grad_outputs: Any = None, **options: Any) 
         shapes = jax.eval_shape(problem.outputs, *problem.inputs)
         grads = [_draw(i, y.shape, y.dtype) for i, y in enumerate(shapes)] if grad_outputs is None else _given(grad_outputs, shapes)
 
-        def gradient(inputs: list[Any], cotangents: list[Any]) -> Any:
-            return jax.vjp(problem.outputs, *inputs)[1](cotangents)
+        return gradcheck(_Gradient(problem.outputs), (problem.inputs, grads), **options)
 
-        return gradcheck(gradient, (problem.inputs, grads), **options)
+
+class _Gradient:
+    """The gradient of a function, in its inputs and the gradients of its outputs."""
+
+    def __init__(self, outputs: Fn):
+        self.outputs = outputs
+
+    def __call__(self, inputs: list[Any], cotangents: list[Any]) -> Any:
+        return jax.vjp(self.outputs, *inputs)[1](cotangents)
 
 
 def _given(grad_outputs: Any, shapes: Sequence[Any]) -> list[Any]:
@@ -290,11 +297,12 @@ def _compare(p: _Problem, mode: str, i: int, j: int, x: Any, y: Any, analytical:
             f"the {mode} derivative of output {i} with respect to {p.names[j]} is wrong: along random direction {column} it is "
             f"{analytical[row, column]:.8g}, but finite differences give {numerical[row, column]:.8g} (fast_mode=False names the entry)"
         )
+    likely = likely_second_mistake if isinstance(p.fn, _Gradient) else likely_mistake
     raise GradcheckError(
         f"the {mode} derivative of output {i} with respect to {p.names[j]} is wrong in {bad.sum()} of {bad.size} entries\n"
         f"  worst: d output{_entry(row, y)} / d {p.names[j]}{_entry(column, x)}\n"
         f"  analytical: {analytical[row, column]:.8g}\n  numerical:  {numerical[row, column]:.8g}\n"
-        f"  likely: {likely_mistake(analytical, numerical, np.shape(x), np.shape(y))}"
+        f"  likely: {likely(analytical, numerical, np.shape(x), np.shape(y))}"
     )
 
 

@@ -33,6 +33,17 @@ def likely_mistake(wrong: np.ndarray, right: np.ndarray, x_shape: tuple[int, ...
     return "a dropped or wrong term: the error is no constant factor"
 
 
+def likely_second_mistake(wrong: np.ndarray, right: np.ndarray, x_shape: tuple[int, ...], y_shape: tuple[int, ...]) -> str:
+    """The same for the Jacobian of a gradient, where `wrong` is what JAX makes of the operations of the rules."""
+    first = likely_mistake(wrong, right, x_shape, y_shape)
+    if "zero: the argument" not in first and "term" not in first:
+        return first
+    return (
+        "backward hides a dependence: what it uses of the arguments went through stop_gradient, NumPy or a rule that JAX cannot see through, "
+        "so the derivative of the gradient lacks a term; save the arguments themselves, or decorate backward with once_differentiable"
+    )
+
+
 def _close(a: np.ndarray, b: np.ndarray | float) -> bool:
     scale = max(float(np.abs(a).max(initial=0)), float(np.abs(b).max(initial=0)) if isinstance(b, np.ndarray) else 0.0)
     return bool(np.abs(a - b).max(initial=0) <= 1e-4 * scale) if isinstance(b, np.ndarray) else bool(np.abs(a - b).max(initial=0) <= 1e-12)

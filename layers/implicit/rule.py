@@ -128,6 +128,8 @@ def _advice(solver: Any) -> str:
 
 
 class ImplicitFunction(Function):
+    rays = ()  # far out a solver diverges, and gradients of what did not converge are NaN
+
     @staticmethod
     def forward(ctx, equation, x0, theta):
         x0, theta = jax.tree.map(jnp.asarray, (x0, theta))  # a differentiated Python number arrives as a number
