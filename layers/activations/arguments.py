@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from layers.core import checks
 from layers.core.elementwise import Activation, elementwise
@@ -27,6 +28,10 @@ class UnaryFunction(Function):
         (x,), dy = barrier(ctx.saved_tensors, dy)
         return elementwise(lambda dy, x: cls.activation.pull(x, dy), dy, x)
 
+    @staticmethod
+    def examples(key: Any, dtype: Any) -> dict[str, Any]:
+        return {"infinite": (jnp.array([jnp.inf, -jnp.inf, 1e4, -1e4], dtype),), "empty": (jnp.zeros((0, 5), dtype),)}
+
 
 class GateFunction(Function):
     """y = f(gate) up, dgate = dy up f'(gate), dup = dy f(gate): saves gate and up, and computes the rest again in the same way."""
@@ -43,6 +48,11 @@ class GateFunction(Function):
         value, pull = cls.activation
         (gate, up), dy = barrier(ctx.saved_tensors, dy)
         return elementwise(lambda dy, gate, up: (pull(gate, dy * up), dy * value(gate)), dy, gate, up)
+
+    @staticmethod
+    def examples(key: Any, dtype: Any) -> dict[str, Any]:
+        gate, empty = jnp.array([jnp.inf, -jnp.inf, 1e4, -1e4], dtype), jnp.zeros((0, 5), dtype)
+        return {"infinite": (gate, jnp.array([2, -3, 4, -5], dtype)), "empty": (empty, empty)}
 
 
 def draw_one(key: Any, dtype: Any) -> tuple[jax.Array]:

@@ -411,7 +411,7 @@ _CLAUSES: dict[str, Callable[[_Subject], str | None]] = {
 
 
 def catalogue() -> list[type[Function]]:
-    """Every `Function` of the library that has an `example` or `examples`, by name."""
+    """Every `Function` of the library that has an `example`, by name."""
     import layers
 
     found = {}
@@ -419,6 +419,6 @@ def catalogue() -> list[type[Function]]:
         if module.name.split(".")[1] in ("core", "kernels", "check", "tools", "linen", "swap", "__main__"):
             continue
         for value in vars(importlib.import_module(module.name)).values():
-            if isinstance(value, type) and issubclass(value, Function) and {"example", "examples"} & {*vars(value)}:
+            if isinstance(value, type) and issubclass(value, Function) and "example" in vars(value):
                 found[value.__name__] = value
     return [found[name] for name in sorted(found)]

@@ -70,6 +70,11 @@ class LinearFunction(Function):
         keys = jax.random.split(key, 3)
         return tuple(jax.random.normal(k, s, dtype) for k, s in zip(keys, ((5, 3), (4, 3), (4,)), strict=True))
 
+    @staticmethod
+    def examples(key, dtype):
+        x, weight, bias = LinearFunction.example(key, dtype)
+        return {"no bias": (x, weight, None), "one vector": (x[0], weight, bias), "no rows": (x[:0], weight, bias)}
+
 
 def _contract(x: jax.Array, y: jax.Array, x_axes: tuple[int, ...], y_axes: tuple[int, ...], out_sharding: Any = None) -> jax.Array:
     return lax.dot_general(x, y, ((x_axes, y_axes), ((), ())), out_sharding=out_sharding)

@@ -84,6 +84,18 @@ class SoftmaxCrossEntropyFunction(Function):
         options = Options(label_smoothing=0.1, z_loss=0.1, logit_soft_cap=3.0, return_logsumexp=True, return_entropy=True)
         return jax.random.normal(key, (5, 7), dtype), Labels(jnp.array([2, 6, -100, 2, 0])), options
 
+    @staticmethod
+    def examples(key, dtype):
+        logits, labels = jax.random.normal(key, (3, 7), dtype), Labels(jnp.array([2, -100, 0]))
+        return {
+            "plain, a loss a row": (logits, labels, Options(reduction="none")),
+            "probabilities at a temperature": (logits, Labels(jax.nn.softmax(logits[::-1])), Options(temperature=2.0, reduction="sum")),
+            "nothing but ignored rows": (logits, Labels(jnp.full(3, -100)), Options()),
+            "logits far out": (1e4 * logits, labels, Options()),
+            "forbidden classes": (logits.at[:, 1].set(-jnp.inf), labels, Options()),
+            "no rows": (logits[:0], Labels(jnp.zeros(0, int)), Options()),
+        }
+
 
 def _by_blocks(fn: Callable[..., Any], logits: jax.Array, arrays: tuple[Any, ...], options: Options) -> Any:
     """`fn(logits, *arrays)` of float32 or wider logits, in blocks of rows."""

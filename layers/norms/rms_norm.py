@@ -59,6 +59,16 @@ class RMSNormFunction(Function):
         x, scale = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key), ((2, 3, 5), (5,)), strict=True))
         return x, scale, 1e-6
 
+    @staticmethod
+    def examples(key, dtype):
+        x = jax.random.normal(key, (3, 5), dtype)
+        return {
+            "no scale": (x, None, 1e-6),
+            "rows of zeros": (x.at[1].set(0), None, 1e-6),
+            "far out": (1e4 * x, None, 1e-6),
+            "no rows": (x[:0], None, 1e-6),
+        }
+
 
 def rms_norm(
     x: Float[Array, "*batch features"],

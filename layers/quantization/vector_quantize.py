@@ -104,6 +104,11 @@ class VectorQuantizeFunction(Function):
         first, second = jax.random.split(key)
         return jax.random.normal(first, (7, 3), dtype), jax.random.normal(second, (5, 3), dtype), "rotation"
 
+    @staticmethod
+    def examples(key, dtype):
+        x, codebook, _ = VectorQuantizeFunction.example(key, dtype)
+        return {"straight through": (x, codebook, "straight_through")}
+
 
 def _pairs(x: jax.Array, codebook: jax.Array, indices: jax.Array, masked: bool) -> tuple[jax.Array, jax.Array]:
     """The vectors and their codes, 0 for padding."""
