@@ -20,6 +20,7 @@ from jax.sharding import AxisType
 from layers.attention import in_tiles
 from layers.attention.plan import Hidden, Options
 from layers.attention.weights import sink_weights
+from layers.core.compat import varies
 from layers.core.numerics import product
 from layers.core.stand_in import merging_batches, stand_in
 from layers.kernels.attention import KERNELS, AttentionCall
@@ -45,6 +46,7 @@ def describe(q: Any, k: Any, v: Any, bias: Any, sinks: Any, hidden: Hidden, opti
         sinks=sinks is not None,
         dropout=hidden.words is not None,
         cap=options.cap,
+        varies=varies((q, k, v)),
         mesh=_mesh_of(q, k, v),
     )
 

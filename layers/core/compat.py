@@ -6,6 +6,7 @@ Written against JAX 0.10 (the newest for Python 3.11) and 0.12. The private name
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -42,6 +43,8 @@ __all__ = [
     "scan_counts",
     "source_frames",
     "tangent_type",
+    "tpu_flash_attention",
+    "tpu_flash_attention_backward",
     "traced_at",
     "used_inputs",
     "vary_like",
@@ -333,3 +336,57 @@ def _cudnn_attention(
         sliding_window_length=window,
         **beside,
     )
+
+
+def tpu_flash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    segments: tuple[jax.Array, jax.Array] | None,
+    *,
+    causal: bool,
+    scale: float,
+    blocks: tuple[int, int],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The output of JAX's flash attention for TPUs, and of each query the sum of exp(score - largest) and the largest score.
+
+    Arrays are (batch, heads, time, head_dim), and (batch, heads, time); the public function has the output alone.
+    """
+    flash = _tpu_flash()
+    rows, columns = blocks
+    return flash._flash_attention_impl(q, k, v, bias, _tpu_segments(segments), True, causal, scale, 1, rows, columns, columns, False)
+
+
+def tpu_flash_attention_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    segments: tuple[jax.Array, jax.Array] | None,
+    total: jax.Array,
+    largest: jax.Array,
+    dout: jax.Array,
+    delta: jax.Array,
+    *,
+    causal: bool,
+    scale: float,
+    blocks: tuple[int, int],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """dq, dk, dv and dbias, from `total` and `largest` of `tpu_flash_attention` and from delta, the sum of dout out."""
+    flash = _tpu_flash()
+    rows, columns = blocks
+    given = (q, k, v, bias, _tpu_segments(segments), total, largest, dout, delta)
+    options = {"sm_scale": scale, "causal": causal, "mask_value": flash.DEFAULT_MASK_VALUE, "debug": False}
+    by_keys = {"block_q_major": rows, "block_q": rows, "block_k_major": columns, "block_k": columns}
+    dk, dv = flash._flash_attention_bwd_dkv(*given, **by_keys, **options)
+    dq, dbias = flash._flash_attention_bwd_dq(*given, block_q_major=rows, block_k_major=columns, block_k=columns, **options)
+    return dq, dk, dv, dbias
+
+
+def _tpu_flash() -> Any:
+    return importlib.import_module("jax.experimental.pallas.ops.tpu.flash_attention")  # where it is used: Pallas takes long to import
+
+
+def _tpu_segments(segments: Any) -> Any:
+    return None if segments is None else _tpu_flash().SegmentIds(*segments)

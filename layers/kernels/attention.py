@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from layers.kernels import cudnn_attention
+from typing import Any
+
+from layers.kernels import cudnn_attention, tpu_attention
 from layers.kernels.attention_call import AttentionCall as AttentionCall
 from layers.kernels.dispatch import Kernel
 
-KERNELS = {
-    "cudnn": Kernel(
-        "cudnn",
-        cudnn_attention.refuse,
-        cudnn_attention.forward,
-        cudnn_attention.backward,
-        cudnn_attention.takes_backward,
-        cudnn_attention.fails,
-    ),
-}
+
+def _kernel(name: str, module: Any) -> Kernel:
+    return Kernel(name, module.refuse, module.forward, module.backward, module.takes_backward, module.fails)
+
+
+KERNELS = {name: _kernel(name, module) for name, module in (("cudnn", cudnn_attention), ("mosaic", tpu_attention))}
 """In the order in which they are tried."""

@@ -22,6 +22,7 @@ class AttentionCall:
         bias_dtype: its dtype.
         lengths, mask, segments, offsets, sinks, dropout: whether there are such.
         cap: the soft cap of the scores.
+        varies: whether the arrays are known to differ along manual axes of a mesh (`shard_map(check_vma=True)`).
         mesh: "automatic" or "explicit" where the arrays may lie along such axes of a mesh.
     """
 
@@ -41,6 +42,7 @@ class AttentionCall:
     sinks: bool = False
     dropout: bool = False
     cap: float | None = None
+    varies: bool = False
     mesh: str = ""
 
     @property

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 
 from layers.core import compat
 from layers.kernels.attention_call import AttentionCall
+from layers.kernels.hidden import cleared, finite_logsumexp
 from layers.kernels.place import Place
+from layers.kernels.trial import failure_of_attention
 
 Pair = tuple[jax.Array, jax.Array] | None
 FEATURES = 8
 """Features come in such groups."""
-FAR = 1e30
-"""A logsumexp at which every weight is 0."""
 
 
 def refuse(call: AttentionCall, place: Place) -> str | None:
@@ -81,7 +81,7 @@ def forward(
     """
     out, lse = compat.cudnn_attention_forward(*_counted(q, k, v, lengths), bias, lengths, **_options(call))
     lse, sees = jnp.swapaxes(lse, 1, 2), _sees(call, q, lengths)
-    return (out, lse) if sees is None else (jnp.where(sees[..., None], out, 0), jnp.where(sees, lse, -jnp.inf))
+    return (out, lse) if sees is None else (cleared(out, sees), jnp.where(sees[..., None], lse, -jnp.inf))
 
 
 def backward(
@@ -105,15 +105,13 @@ def backward(
     """
     head_dim, sees = q.shape[3], _sees(call, q, lengths)
     q, k, v = _counted(q, k, v, lengths)
-    if sees is not None:
-        dout = jnp.where(sees[..., None], dout, 0)
-        dlse = None if dlse is None else jnp.where(sees, dlse, 0)
+    dout, dlse = cleared(dout, sees), None if dlse is None else cleared(dlse, sees)
     if dlse is not None:
         q, k, v = (_with_features(x) for x in (q, k, v))
         rounded = -dlse.astype(dout.dtype)
         lost = (-dlse - rounded).astype(dout.dtype)
         out, dout = _with_features(out, *[jnp.ones_like(rounded)] * 2), _with_features(dout, rounded, lost)
-    lse = jnp.swapaxes(jnp.where(jnp.abs(lse) < FAR, lse, jnp.where(jnp.isnan(lse), lse, FAR)), 1, 2)
+    lse = jnp.swapaxes(finite_logsumexp(lse), 1, 2)
     dq, dk, dv, *dbias = compat.cudnn_attention_backward(q, k, v, bias, lengths, lse, out, dout, wants_bias=wants_bias, **_options(call))
     return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim], dbias[0] if dbias else None
 
@@ -134,28 +132,20 @@ def _counted(q: jax.Array, k: jax.Array, v: jax.Array, lengths: Pair) -> tuple[j
     if lengths is None:
         return q, k, v
 
-    def cut(x: jax.Array, length: jax.Array) -> jax.Array:
-        return jnp.where((jnp.arange(x.shape[1]) < length[:, None])[..., None, None], x, 0)
-
-    return cut(q, lengths[0]), cut(k, lengths[1]), cut(v, lengths[1])
+    queries, keys = (jnp.arange(x.shape[1]) < n[:, None] for x, n in zip((q, k), lengths, strict=True))
+    return cleared(q, queries), cleared(k, keys), cleared(v, keys)
 
 
 def _sees(call: AttentionCall, q: jax.Array, lengths: Pair) -> jax.Array | None:
-    """Whether each query (batch, time, 1) sees a key; None where all do."""
+    """Whether each query (batch, time) sees a key; None where all do."""
     if lengths is None:
         return None
     place = jnp.arange(q.shape[1])
     first = 0 if call.high is None else jnp.maximum(place - call.high, 0)
-    return ((place < lengths[0][:, None]) & (first < lengths[1][:, None]))[..., None]
+    return (place < lengths[0][:, None]) & (first < lengths[1][:, None])
 
 
 @functools.cache
 def fails() -> str | None:
-    """Why cuDNN's attention does not compile on this machine, tried once: it may be missing, or not load."""
-    x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
-    call = AttentionCall(x.shape, x.shape, x.shape, "bfloat16", low=0)
-    try:
-        jax.jit(lambda x: forward(call, x, x, x, None, None, None)).lower(x).compile()
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return None
+    """Why cuDNN's attention does not compile on this machine, tried once."""
+    return failure_of_attention(forward)
