@@ -180,16 +180,73 @@ def test_errors_in_bfloat16_are_not_above_those_of_autodiff(name, on_a_gpu):
         assert mine <= 1.02 * their
 
 
-def test_errors_of_a_bfloat16_head_are_not_above_those_of_plain_code(on_a_gpu):
-    x, kernel = normal((2100, 64), (64, 500), dtype=jnp.bfloat16)
-    y = labels(2100, 500)
+def mixture_divergence(q, p, beta=0.4):
+    m = jnp.logaddexp(p + jnp.log(beta), q + jnp.log1p(-beta))
+    return (beta * (jnp.exp(p) * (p - m)).sum(-1) + (1 - beta) * (jnp.exp(q) * (q - m)).sum(-1)).mean()
 
-    def plain(x, kernel):
-        logits = (x @ kernel).astype(wide(x.dtype))
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
 
+def preference(x, kernel, y):
+    pairs = [(a.reshape(-1, 100, 64), b.reshape(-1, 100)) for a, b in zip(jnp.split(x, 2), jnp.split(y, 2), strict=True)]
+    return layers.linear_dpo(pairs[0][0], pairs[1][0], kernel, pairs[0][1], pairs[1][1], loss_type="simpo")
+
+
+def plain_preference(x, kernel, y):
+    """The two halves by themselves, as the layer takes them: each rounds its gradient of the kernel."""
+
+    def of(x, y):
+        log_probs = jax.nn.log_softmax(plain_logits(x, kernel))
+        return jnp.take_along_axis(log_probs, y[:, None], 1).reshape(-1, 100).mean(-1)
+
+    chosen, rejected = (of(a, b) for a, b in zip(jnp.split(x, 2), jnp.split(y, 2), strict=True))
+    return -jax.nn.log_sigmoid(0.1 * (chosen - rejected) - 0.5).mean()
+
+
+def plain_logits(x, kernel):
+    return (x @ kernel).astype(wide(x.dtype))
+
+
+def log_softmaxes(x, kernel):
+    """Those of a student, and of a teacher that sees other rows: a constant."""
+    teacher = jax.lax.stop_gradient(plain_logits(jnp.flip(x, 0), kernel))
+    return jax.nn.log_softmax(plain_logits(x, kernel)), jax.nn.log_softmax(teacher)
+
+
+def plain_divergence(x, kernel, y):
+    q, p = log_softmaxes(x, kernel)
+    return (jnp.exp(p) * (p - q)).sum(-1).mean()
+
+
+HEADS = {
+    "linear_cross_entropy": (
+        layers.linear_cross_entropy,
+        lambda x, k, y: -jnp.take_along_axis(jax.nn.log_softmax(plain_logits(x, k)), y[:, None], 1).mean(),
+    ),
+    "linear_kl_divergence": (lambda x, k, y: layers.linear_kl_divergence(x, k, jnp.flip(x, 0), k), plain_divergence),
+    "linear_jsd": (lambda x, k, y: layers.linear_jsd(x, k, jnp.flip(x, 0), k, beta=0.4), lambda x, k, y: mixture_divergence(*log_softmaxes(x, k))),
+    "linear_dpo": (preference, plain_preference),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_errors_of_a_bfloat16_head_are_not_above_those_of_plain_code(name, on_a_gpu):
+    """Plain code's logits are of bfloat16, too; of the loss the rounding of its sum in float32 is left. No probability is that of many labels."""
+    x, kernel = normal((2200, 64), (64, 500), dtype=jnp.bfloat16)
+    x = 3 * x
+    y = labels(2200, 500)
+    ours, plain = (lambda x, k, f=f: f(x, k, y) for f in HEADS[name])
     with jax.enable_x64(True):
         exact = value_and_gradients(plain, [a.astype(jnp.float64) for a in (x, kernel)])
-    ours, theirs = (value_and_gradients(f, (x, kernel)) for f in (lambda x, k: layers.linear_cross_entropy(x, k, y), plain))
-    for mine, their in zip(errors(ours, exact), errors(theirs, exact), strict=True):
-        assert mine <= 1.02 * their
+    (loss, *mine), (_, *theirs) = (errors(value_and_gradients(f, (x, kernel)), exact) for f in (ours, plain))
+    assert loss <= 1e-6 * abs(float(exact[0]))
+    assert all(a <= 1.02 * b for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_bfloat16_logits_of_a_head_are_one_product_and_never_float32(name, on_a_gpu):
+    """What is written of a block is of 16 bits: the product gives it, and what follows is elementwise."""
+    x, kernel = normal((2200, 64), (64, 500), dtype=jnp.bfloat16)
+    y = labels(2200, 500)
+    text = str(jax.make_jaxpr(jax.grad(HEADS[name][0], (0, 1)))(x, kernel, y))
+    products = [line for line in text.splitlines() if "dot_general" in line and ",500]" in line.split("=")[0]]
+    logits = [line for line in products if "[64,500]" not in line.split("=")[0]]
+    assert logits and all(":bf16[" in line for line in logits)

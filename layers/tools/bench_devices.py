@@ -22,6 +22,9 @@ from layers.tools.devices import DEVICES, compile_for
 RESULTS = Path(__file__).with_name("bench_results_devices.json")
 STEP = "training_step_gpu"
 WAYS = ("idiomatic", "ours")
+KERNELS = {"h100": "cudnn", "v5p": "mosaic"}
+"""By which kernel attention is computed in the last way of the training step."""
+BY_KERNEL = "ours, attention by a kernel"
 
 
 def names() -> list[str]:
@@ -39,19 +42,20 @@ def works() -> dict[str, str]:
     return {c.name: c.work for c in CASES} | {STEP: f"training step of a Llama-like model: {size}"}
 
 
-def temp_bytes(name: str, device: str, ways: Sequence[str] = WAYS) -> dict[str, int]:
-    """Bytes of temporary memory of these ways of a row."""
-    made = _programs(name)
-    programs = {way: compile_for(device, *made[way][:2], **made[way][2]) for way in ways}
+def temp_bytes(name: str, device: str, ways: Sequence[str] | None = None) -> dict[str, int]:
+    """Bytes of temporary memory of these ways of a row, or of all."""
+    made = _programs(name, device)
+    programs = {way: compile_for(device, *made[way][:2], **made[way][2]) for way in ways or made}
     return {way: p.memory_analysis().temp_size_in_bytes for way, p in programs.items()}
 
 
-def _programs(name: str) -> dict[str, tuple[Any, Any, dict[str, Any]]]:
+def _programs(name: str, device: str) -> dict[str, tuple[Any, Any, dict[str, Any]]]:
     """Function, arguments and options of `jax.jit` of each way."""
     from layers.tools.cases import CASES
 
     if name == STEP:
-        return {way: (*llama_step.make_step(way), {"donate_argnums": (0, 1)}) for way in WAYS}
+        steps = {way: llama_step.make_step(way) for way in WAYS} | {BY_KERNEL: llama_step.make_step("ours", implementation=KERNELS[device])}
+        return {way: (*step, {"donate_argnums": (0, 1)}) for way, step in steps.items()}
     case = next(c for c in CASES if c.name == name)
     args = jax.tree.map(_in_bfloat16, jax.eval_shape(case.args))
     ways = {"idiomatic": case.idiomatic, "ours": case.ours}
@@ -106,6 +110,8 @@ def markdown(results: dict[str, Any]) -> str:
             plain, ours = (rows[name][way] / 2**20 for way in WAYS)
             cells += [f"{plain:.0f}", f"{ours:.0f}", f"{ours / plain:.2f}" if plain >= 1 else ""]
         lines.append(f"| {works_[name]} | " + " | ".join(cells) + " |")
+    steps = [f"by {KERNELS[d]} {rows[STEP][BY_KERNEL] / 2**20:.0f} MiB on the {DEVICES[d].title}" for d, rows in results.items()]
+    lines += ["", f"The training step with attention {', '.join(steps)}; without what cuDNN takes for itself, which XLA's plan does not hold."]
     return "\n".join(lines)
 
 

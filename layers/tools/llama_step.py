@@ -40,7 +40,7 @@ def _rotate(x: jax.Array) -> jax.Array:
 class Block(nnx.Module):
     """Attention with rotary embedding and a gated MLP, each behind a norm."""
 
-    def __init__(self, way: str, sizes: dict[str, int], rngs: nnx.Rngs):
+    def __init__(self, way: str, sizes: dict[str, int], rngs: nnx.Rngs, implementation: str | None = None):
         made: Any = nnx if way == "idiomatic" else layers
         width, heads, kv_heads, self.head_dim = sizes["width"], sizes["heads"], sizes["kv_heads"], sizes["head_dim"]
         self.norm_1, self.norm_2 = (made.RMSNorm(width, dtype=jnp.bfloat16, rngs=rngs) for _ in range(2))
@@ -54,13 +54,13 @@ class Block(nnx.Module):
             self.gate, self.up, self.down = linear(width, sizes["hidden"]), linear(width, sizes["hidden"]), linear(sizes["hidden"], width)
         else:
             self.mlp = layers.GatedMLP(width, sizes["hidden"], dtype=jnp.bfloat16, rngs=rngs)
-        self.plain = way == "idiomatic"
+        self.plain, self.implementation = way == "idiomatic", implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.norm_1(x)
         q, k, v = (f(h).reshape(*h.shape[:2], -1, self.head_dim) for f in (self.query, self.key, self.value))
         attend: Any = jax.nn.dot_product_attention if self.plain else layers.dot_product_attention
-        x = x + self.out(attend(_rotate(q), _rotate(k), v, is_causal=True).reshape(*x.shape[:2], -1))
+        x = x + self.out(attend(_rotate(q), _rotate(k), v, is_causal=True, implementation=self.implementation).reshape(*x.shape[:2], -1))
         h = self.norm_2(x)
         return x + (self.down(nnx.silu(self.gate(h)) * self.up(h)) if self.plain else self.mlp(h))
 
@@ -68,10 +68,10 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """The model, with its loss."""
 
-    def __init__(self, way: str, sizes: dict[str, int], rngs: nnx.Rngs):
+    def __init__(self, way: str, sizes: dict[str, int], rngs: nnx.Rngs, implementation: str | None = None):
         made: Any = nnx if way == "idiomatic" else layers
         self.embed = made.Embed(sizes["vocab"], sizes["width"], dtype=jnp.bfloat16, rngs=rngs)
-        self.blocks = nnx.List([Block(way, sizes, rngs) for _ in range(sizes["depth"])])
+        self.blocks = nnx.List([Block(way, sizes, rngs, implementation) for _ in range(sizes["depth"])])
         self.norm = made.RMSNorm(sizes["width"], dtype=jnp.bfloat16, rngs=rngs)
         self.head = made.Linear(sizes["width"], sizes["vocab"], use_bias=False, dtype=jnp.bfloat16, rngs=rngs)
         self.plain = way == "idiomatic"
@@ -87,15 +87,16 @@ class Decoder(nnx.Module):
         return layers.linear_cross_entropy(x, self.head.kernel[...].astype(jnp.bfloat16), labels)
 
 
-def make_step(way: str, sizes: dict[str, int] | None = None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def make_step(way: str, sizes: dict[str, int] | None = None, implementation: str | None = None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The step `(params, moments, tokens) -> (params, moments, loss)`, and the shapes of its arguments.
 
     Args:
         way: one of `WAYS`.
         sizes: other sizes than `SIZES`.
+        implementation: of attention; None for what it takes by itself.
     """
     sizes = sizes or SIZES
-    graph, params, rest = nnx.split(nnx.eval_shape(lambda: Decoder(way, sizes, nnx.Rngs(0))), nnx.Param, ...)
+    graph, params, rest = nnx.split(nnx.eval_shape(lambda: Decoder(way, sizes, nnx.Rngs(0), implementation)), nnx.Param, ...)
     optimizer = optax.adamw(1e-4)
 
     def step(params: Any, moments: Any, tokens: jax.Array) -> Any:

@@ -43,6 +43,7 @@ def test_committed_figures_have_every_row_of_every_device():
     assert set(results) == set(devices.DEVICES)
     assert all(set(rows) == set(bench_devices.names()) for rows in results.values())
     assert readme.devices_table().count("\n| ") == len(bench_devices.names())
+    assert all(bench_devices.BY_KERNEL in rows[bench_devices.STEP] for rows in results.values())
 
 
 def test_both_ways_of_the_step_compute_the_same_loss():
@@ -88,6 +89,19 @@ def test_layer_compiles_forward_and_backward(device, layer):
 def test_memory_of_a_row_is_at_most_the_committed_figure(device, name):
     committed = json.loads(bench_devices.RESULTS.read_text())[device][name]["ours"]
     assert bench_devices.temp_bytes(name, device, ("ours",))["ours"] <= 1.02 * committed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_step_with_attention_by_a_kernel_keeps_its_memory(device):
+    committed = json.loads(bench_devices.RESULTS.read_text())[device][bench_devices.STEP][bench_devices.BY_KERNEL]
+    found = bench_devices.temp_bytes(bench_devices.STEP, device, (bench_devices.BY_KERNEL,))
+    assert found[bench_devices.BY_KERNEL] <= 1.02 * committed
+
+
+def test_step_on_one_gpu_takes_less_with_attention_by_a_kernel():
+    results = json.loads(bench_devices.RESULTS.read_text())
+    assert all(rows[bench_devices.STEP][bench_devices.BY_KERNEL] < rows[bench_devices.STEP]["ours"] for rows in results.values())
+    assert results["h100"][bench_devices.STEP][bench_devices.BY_KERNEL] <= 5.8e9
 
 
 def test_step_on_one_gpu_takes_a_seventh_of_the_memory_of_the_plain_one():
