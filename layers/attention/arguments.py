@@ -10,6 +10,7 @@ import numpy as np
 
 from layers.attention.plan import Hidden
 from layers.core import checks
+from layers.core.numerics import is_known
 
 WHO = "dot_product_attention"
 
@@ -120,7 +121,7 @@ def sinks_of(sinks: Any, heads: int) -> jax.Array | None:
 
 def words_of(rate: Any, key: Any) -> jax.Array | None:
     key = checks.key(WHO, "dropout_key", key, optional=True)
-    if not isinstance(rate, jax.Array) and rate == 0:
+    if is_known(rate, 0):
         return None
     if key is None:
         raise ValueError(f"{WHO}: dropout_rate is above 0, so give dropout_key, a key of jax.random")

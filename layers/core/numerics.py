@@ -37,6 +37,11 @@ def scaled(q: jax.Array, scale: Any) -> tuple[jax.Array, float]:
     return q, float(max(q.shape[3], 1) ** -0.5 if scale is None else scale or 0.0)
 
 
+def is_known(x: Any, value: float) -> bool:
+    """Whether an option that may be traced is this number, and known while the program is."""
+    return not isinstance(x, jax.Array) and x == value
+
+
 def cleared(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x, and 0 where weight is 0 and x infinite or NaN: what does not count is not touched."""
     return jnp.where((weight == 0) & ~jnp.isfinite(x), 0, x)

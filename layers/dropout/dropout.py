@@ -32,6 +32,7 @@ from layers.core import checks
 from layers.core.constants import refuse_gradient
 from layers.core.function import Function
 from layers.core.hashing import hash_bits, masked, spared
+from layers.core.numerics import is_known
 from layers.core.recompute import barrier
 
 GENERATORS = ("hash", "threefry")
@@ -82,7 +83,7 @@ def _drop(who: str, what: str, x: Any, key_name: str, key: Any, rate: Any, broad
     """`dropout`, whose errors are those of `who`, with its names of the array and the key."""
     x = checks.array(who, what, x, "inexact")
     rate, dims, generator = _options(who, rate, broadcast_dims, generator, x.ndim)
-    settled = not isinstance(rate, jax.Array) and rate in (0, 1)
+    settled = is_known(rate, 0) or is_known(rate, 1)
     key = checks.key(who, key_name, key, optional=settled)
     if settled:
         return jnp.zeros_like(x) if rate else x
@@ -135,9 +136,9 @@ class Dropout(nnx.Dropout):
             error_msg="Dropout: give `deterministic` to the constructor or to the call, or use `nnx.view(model, deterministic=...)`",
         ):
             return inputs
-        if self.rate == 0:
+        if is_known(self.rate, 0):
             return inputs
-        if self.rate == 1:
+        if is_known(self.rate, 1):
             return jnp.zeros_like(checks.array("Dropout", "inputs", inputs, "any"))
         rngs = first_from(rngs, self.rngs, error_msg="Dropout: `deterministic` is False, so give `rngs` to the constructor or to the call")
         return _drop("Dropout", "inputs", inputs, "rngs", self._key(rngs), self.rate, self.broadcast_dims, self.generator)

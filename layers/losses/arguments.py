@@ -16,10 +16,10 @@ from layers.losses.targets import REDUCTIONS, Labels
 
 OPTIONS: dict[str, Callable[[str, str, Any], Any]] = {
     "ignore_index": checks.integer,
-    "label_smoothing": partial(checks.number, within="[0, 1]"),
-    "z_loss": partial(checks.number, within="[0, inf)"),
-    "logit_soft_cap": partial(checks.number, within="(0, inf)", optional=True),
-    "temperature": partial(checks.number, within="(0, inf)"),
+    "label_smoothing": partial(checks.number, within="[0, 1]", traced=True),
+    "z_loss": partial(checks.number, within="[0, inf)", traced=True),
+    "logit_soft_cap": partial(checks.number, within="(0, inf)", traced=True, optional=True),
+    "temperature": partial(checks.number, within="(0, inf)", traced=True),
     "beta": partial(checks.number, within="[0, 1]"),
     "reduction": partial(checks.choice, options=REDUCTIONS),
     "return_logsumexp": checks.flag,
@@ -28,6 +28,9 @@ OPTIONS: dict[str, Callable[[str, str, Any], Any]] = {
     "return_rank": checks.flag,
     "block_size": partial(checks.integer, within="[1, inf)", optional=True),
 }
+
+
+OPTION = "a number among the options, such as temperature or label_smoothing,"
 
 
 def read_options(who: str, **options: Any) -> dict[str, Any]:

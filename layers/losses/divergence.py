@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from layers.core.numerics import product
-from layers.losses.softmax import Softmax
+from layers.losses.softmax import Softmax, over
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("temperature",), meta_fields=("beta", "reduction", "block_size"))
 @dataclass(frozen=True)
 class Options:
-    """What is known when the program is traced: the options of the divergences."""
+    """The options of the divergences. The temperature may be an array, without a gradient; the others are known."""
 
     beta: float = 0.5
-    temperature: float = 1.0
+    temperature: Any = 1.0
     reduction: str = "mean"
     block_size: int | None = None
+
+    def of(self, dtype: Any) -> Options:
+        """With a temperature of this dtype, where it is an array."""
+        return jax.tree.map(lambda x: x.astype(dtype) if isinstance(x, jax.Array) else x, self)
 
 
 class Stats(NamedTuple):
@@ -32,7 +38,7 @@ class Stats(NamedTuple):
 
 def divergences(a: jax.Array, b: jax.Array, options: Options) -> tuple[jax.Array, Stats]:
     """The divergence of each row of the student's logits `a` from the teacher's `b`."""
-    b, beta, temperature = b.astype(a.dtype), options.beta, options.temperature
+    b, beta, temperature = b.astype(a.dtype), options.beta, options.of(a.dtype).temperature
     student, teacher = Softmax.of(a, temperature), Softmax.of(b, temperature)
     log_q, log_p = student.log_p(a, temperature), teacher.log_p(b, temperature)
     log_m = _log_mixture(log_q, log_p, beta)
@@ -44,9 +50,9 @@ def divergences(a: jax.Array, b: jax.Array, options: Options) -> tuple[jax.Array
 
 def divergence_gradients(a: jax.Array, b: jax.Array, stats: Stats, weight: jax.Array, options: Options) -> jax.Array:
     """da, times the weight of each row."""
-    b, beta, temperature = b.astype(a.dtype), options.beta, options.temperature
+    b, beta, temperature = b.astype(a.dtype), options.beta, options.of(a.dtype).temperature
     log_q, log_p = stats.student.log_p(a, temperature), stats.teacher.log_p(b, temperature)
-    weight = weight[:, None] / temperature
+    weight = over(weight[:, None], temperature)
     if beta == 0:
         return product(weight, jnp.exp(log_q) - jnp.exp(log_p))
     share = 1 if beta == 1 else 1 - beta

@@ -26,11 +26,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from layers.core.constants import refuse_gradient
 from layers.core.function import Function
 from layers.core.numerics import slope_along, wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
-from layers.losses.arguments import as_batch, check_head, check_labels, read_options
+from layers.losses.arguments import OPTION, as_batch, check_head, check_labels, read_options
 from layers.losses.head import Gradients, Head, by_groups, fold, replace_by_groups, rows_in_block
 from layers.losses.rows import Flow, Rows, label_gradients, row_gradients, row_tangents, touched
 from layers.losses.targets import Labels, Options, reduced, scale_of
@@ -70,6 +71,7 @@ class LinearCrossEntropyFunction(Function):
 
     @staticmethod
     def backward(ctx, dloss, dlse, _, dentropy, __):
+        refuse_gradient("linear_cross_entropy", OPTION, ctx.needs_input_grad[4])
         if not ctx.in_forward:
             return _recomputed(ctx, dloss, dlse, dentropy)
         (dx, dkernel, dbias), scale = ctx.saved_tensors
@@ -78,6 +80,7 @@ class LinearCrossEntropyFunction(Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
+        refuse_gradient("linear_cross_entropy", OPTION, ctx.needs_input_grad[4])
         if not ctx.in_forward:
             return _recomputed_tangents(ctx, *tangents)
         gradients, scale = ctx.saved_tensors

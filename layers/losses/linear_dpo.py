@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from layers.core import checks
-from layers.core.numerics import product, safe_reciprocal
+from layers.core.numerics import is_known, product, safe_reciprocal
 from layers.losses.arguments import check_head, read_options
 from layers.losses.preference import AVERAGED, LOSS_TYPES, SMOOTHED, Preference
 from layers.losses.sequences import Reference, read_pairs
@@ -88,15 +88,15 @@ def linear_dpo(
     options, reduction = Options(**given, reduction="none"), read_options(who, reduction=reduction)["reduction"]
     preference = Preference(
         checks.choice(who, "loss_type", loss_type, LOSS_TYPES),
-        checks.number(who, "beta", beta, "(0, inf)"),
-        checks.number(who, "label_smoothing", label_smoothing, "[0, 0.5)"),
-        checks.number(who, "simpo_gamma", simpo_gamma),
+        checks.number(who, "beta", beta, "(0, inf)", traced=True),
+        checks.number(who, "label_smoothing", label_smoothing, "[0, 0.5)", traced=True),
+        checks.number(who, "simpo_gamma", simpo_gamma, traced=True),
     )
-    if preference.smoothing and loss_type not in SMOOTHED:
+    if not is_known(preference.smoothing, 0) and loss_type not in SMOOTHED:
         raise ValueError(f"{who}: label_smoothing is {label_smoothing}, but must be 0 with loss_type={loss_type!r}, which has none")
     average, alpha = (
         checks.flag(who, "average_log_prob", average_log_prob, optional=True),
-        checks.number(who, "cpo_alpha", cpo_alpha, "[0, inf)", optional=True),
+        checks.number(who, "cpo_alpha", cpo_alpha, "[0, inf)", traced=True, optional=True),
     )
     average, alpha = loss_type in AVERAGED if average is None else average, float(loss_type == "cpo") if alpha is None else alpha
     return_rewards = checks.flag(who, "return_rewards", return_rewards)
@@ -113,7 +113,7 @@ def linear_dpo(
     ratio = chosen.averaged(total, average) - of_reference[0]
     other = rejected.averaged(rejected.log_probs(rejected_x, kernel, bias, options), average) - of_reference[1]
     loss = preference.losses(ratio - other)
-    if alpha:
+    if not is_known(alpha, 0):
         loss = loss - alpha * total.sum() * safe_reciprocal(chosen.length().sum())
     loss = product(weight, loss)
     if reduction != "none":

@@ -27,11 +27,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from layers.core import checks
+from layers.core.constants import refuse_gradient
 from layers.core.function import Function
 from layers.core.numerics import product, safe_reciprocal, slope_along, wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
-from layers.losses.arguments import as_batch, check_head, check_where, read_options
+from layers.losses.arguments import OPTION, as_batch, check_head, check_where, read_options
 from layers.losses.divergence import Options, Stats, divergence_gradients, divergences
 from layers.losses.head import Gradients, Head, by_groups, fold, replace_by_groups, rows_in_block
 
@@ -63,6 +64,7 @@ class LinearJSDFunction(Function):
 
     @staticmethod
     def backward(ctx, dloss):
+        refuse_gradient("linear_jsd", OPTION, ctx.needs_input_grad[7])
         if ctx.in_forward:
             gradients, scale = ctx.saved_tensors
             return *(None if g is None else dloss * scale * g for g in gradients), None, None, None, None, None
@@ -82,6 +84,7 @@ class LinearJSDFunction(Function):
 
     @staticmethod
     def jvp(ctx, dx, dkernel, dbias, *_):
+        refuse_gradient("linear_jsd", OPTION, ctx.needs_input_grad[7])
         if ctx.in_forward:
             gradients, scale = ctx.saved_tensors
             terms = (slope_along(g, t) for g, t in zip(gradients, (dx, dkernel, dbias), strict=True) if g is not None)

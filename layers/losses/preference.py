@@ -14,6 +14,7 @@ JAX differentiates them: a pair is one number.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +35,9 @@ class Preference:
     """
 
     loss_type: str
-    beta: float
-    smoothing: float = 0.0
-    gamma: float = 0.0
+    beta: Any
+    smoothing: Any = 0.0
+    gamma: Any = 0.0
 
     def losses(self, h: jax.Array) -> jax.Array:
         """The loss of each pair."""

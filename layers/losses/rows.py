@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layers.core.numerics import product, safe_reciprocal
+from layers.core.numerics import is_known, product, safe_reciprocal
 from layers.losses.softmax import Softmax, over
 from layers.losses.targets import Options, Targets, reduced
 
@@ -42,6 +42,7 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, a: jax.Array, targets: Targets, class_weights: jax.Array | None, options: Options) -> Rows:
         """Those of raw logits `a`."""
+        options = options.of(a.dtype)
         z = cap_logits(a, options)
         softmax = Softmax.of(z, options.temperature)
         return cls(
@@ -90,18 +91,19 @@ def row_gradients(
     a: jax.Array, softmax: Softmax, targets: Targets, class_weights: jax.Array | None, options: Options, flow: Flow = NO_FLOW
 ) -> jax.Array:
     """da, for the targets multiplied by the gradient of each row's loss."""
+    options = options.of(a.dtype)
     s, z = options.label_smoothing, cap_logits(a, options)
     p = softmax.p(z, options.temperature)
     if targets.indexed:
         hit = jnp.arange(a.shape[1], dtype=targets.classes.dtype) == targets.classes[:, None]
         t, total = jnp.where(hit, (1 - s) * targets.weight[:, None], 0), (1 - s) * targets.weight
-        if s:
+        if not is_known(s, 0):
             uniform = _uniform(a, class_weights, s)
             t, total = t + targets.counted[:, None] * uniform, total + targets.counted * uniform.sum()
     else:
         t = product(targets.weight[:, None], _of_distribution(targets.classes, class_weights, s, a.dtype))
         total = t.sum(-1)
-    if options.z_loss:
+    if not is_known(options.z_loss, 0):
         lse = softmax.logsumexp(options.temperature)
         total = total + 2 * options.z_loss * targets.weight * jnp.where(jnp.isinf(lse), 0, lse)
     if flow.logsumexp is not None:
@@ -117,6 +119,7 @@ def row_gradients(
 
 def label_gradients(a: jax.Array, softmax: Softmax, targets: Targets, class_weights: jax.Array | None, options: Options) -> jax.Array:
     """dq of rows whose targets are distributions."""
+    options = options.of(a.dtype)
     log_p = softmax.log_p(cap_logits(a, options), options.temperature)
     dt = product(-(1 - options.label_smoothing) * targets.weight[:, None], log_p)
     return dt if class_weights is None else product(class_weights.astype(a.dtype), dt)
@@ -154,12 +157,12 @@ def _losses(z: jax.Array, softmax: Softmax, targets: Targets, class_weights: jax
     if targets.indexed:
         of_class = jnp.take_along_axis(z, targets.classes[:, None], axis=1)
         loss = (1 - s) * product(targets.weight, -softmax.log_p(of_class, options.temperature)[:, 0])
-        if s:
+        if not is_known(s, 0):
             loss = loss + product(targets.counted, _against(_uniform(z, class_weights, s), softmax.log_p(z, options.temperature)))
     else:
         t = _of_distribution(targets.classes, class_weights, s, z.dtype)
         loss = product(targets.weight, _against(t, softmax.log_p(z, options.temperature)))
-    if options.z_loss:
+    if not is_known(options.z_loss, 0):
         loss = loss + options.z_loss * product(targets.weight, softmax.logsumexp(options.temperature) ** 2)
     return loss
 
@@ -176,13 +179,13 @@ def _rank(z: jax.Array, targets: Targets) -> jax.Array:
     return jnp.where(targets.counted == 0, -1, (z > of_class).sum(-1, dtype=jnp.int32))
 
 
-def _uniform(a: jax.Array, class_weights: jax.Array | None, s: float) -> jax.Array:
+def _uniform(a: jax.Array, class_weights: jax.Array | None, s: Any) -> jax.Array:
     """The part of a target that label smoothing adds."""
     share = s / a.shape[1]
     return jnp.full(a.shape[1:], share, a.dtype) if class_weights is None else share * class_weights.astype(a.dtype)
 
 
-def _of_distribution(q: jax.Array, class_weights: jax.Array | None, s: float, dtype: Any) -> jax.Array:
+def _of_distribution(q: jax.Array, class_weights: jax.Array | None, s: Any, dtype: Any) -> jax.Array:
     t = (1 - s) * q.astype(dtype) + s / max(q.shape[1], 1)
     return t if class_weights is None else t * class_weights.astype(dtype)
 

@@ -9,13 +9,13 @@ limit: the classes that reach it share all the probability.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layers.core.numerics import product
+from layers.core.numerics import is_known, product
 
 
 class Softmax(NamedTuple):
@@ -25,7 +25,7 @@ class Softmax(NamedTuple):
     total: jax.Array
 
     @classmethod
-    def of(cls, z: jax.Array, temperature: float = 1.0) -> Softmax:
+    def of(cls, z: jax.Array, temperature: Any = 1.0) -> Softmax:
         largest = lax.stop_gradient(z.max(-1))
         return cls(largest, jnp.exp(_below(z, largest, temperature)).sum(-1))
 
@@ -33,26 +33,26 @@ class Softmax(NamedTuple):
     def log_sum(self) -> jax.Array:
         return jnp.log(self.total)
 
-    def logsumexp(self, temperature: float = 1.0) -> jax.Array:
+    def logsumexp(self, temperature: Any = 1.0) -> jax.Array:
         return over(self.largest, temperature) + self.log_sum
 
-    def log_p(self, z: jax.Array, temperature: float = 1.0) -> jax.Array:
+    def log_p(self, z: jax.Array, temperature: Any = 1.0) -> jax.Array:
         """Of rows of scores, or of some scores of each row."""
         return _below(z, self.largest, temperature) - self.log_sum[:, None]
 
-    def p(self, z: jax.Array, temperature: float = 1.0) -> jax.Array:
+    def p(self, z: jax.Array, temperature: Any = 1.0) -> jax.Array:
         return jnp.exp(_below(z, self.largest, temperature)) * (1 / self.total)[:, None]
 
-    def entropy(self, z: jax.Array, temperature: float = 1.0) -> jax.Array:
+    def entropy(self, z: jax.Array, temperature: Any = 1.0) -> jax.Array:
         below = _below(z, self.largest, temperature)
         return self.log_sum - product(jnp.exp(below), below).sum(-1) / self.total
 
 
-def over(z: jax.Array, temperature: float) -> jax.Array:
-    return z if temperature == 1 else z / temperature
+def over(z: jax.Array, temperature: Any) -> jax.Array:
+    return z if is_known(temperature, 1) else z / temperature
 
 
-def _below(z: jax.Array, largest: jax.Array, temperature: float) -> jax.Array:
+def _below(z: jax.Array, largest: jax.Array, temperature: Any) -> jax.Array:
     """(z - largest) / temperature."""
     largest = largest[:, None]
     infinite = jnp.isinf(largest)

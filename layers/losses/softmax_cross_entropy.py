@@ -25,13 +25,14 @@ from jaxtyping import Array, Bool, Float, Int
 from layers.core import checks
 from layers.core.blocks import block_size as divide
 from layers.core.blocks import by_device, fold_blocks
+from layers.core.constants import refuse_gradient
 from layers.core.function import Function
 from layers.core.machine import UNLIMITED, choose
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
 from layers.core.slices import slice_here
-from layers.losses.arguments import as_batch, check_labels, read_options
+from layers.losses.arguments import OPTION, as_batch, check_labels, read_options
 from layers.losses.rows import Flow, Rows, label_gradients, row_gradients, row_tangents
 from layers.losses.targets import Labels, Options, reduced, scale_of
 
@@ -52,6 +53,7 @@ class SoftmaxCrossEntropyFunction(Function):
 
     @staticmethod
     def backward(ctx, dloss, dlse, _, dentropy, __):
+        refuse_gradient("softmax_cross_entropy", OPTION, ctx.needs_input_grad[2])
         (logits, labels, softmax, entropy), (dloss, dlse, dentropy) = barrier(ctx.saved_tensors, (dloss, dlse, dentropy))
         options, wants_labels, class_weights = ctx.options, ctx.needs_input_grad[1], labels.class_weights
         targets = labels.read(logits.shape[1], options, wide(logits.dtype))
@@ -68,6 +70,7 @@ class SoftmaxCrossEntropyFunction(Function):
 
     @staticmethod
     def jvp(ctx, dlogits, dlabels, _):
+        refuse_gradient("softmax_cross_entropy", OPTION, ctx.needs_input_grad[2])
         logits, labels, *found = ctx.saved_tensors
         options = ctx.options
         targets = labels.read(logits.shape[1], options, wide(logits.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,21 +14,30 @@ from layers.core.numerics import product, safe_reciprocal
 REDUCTIONS = ("mean", "sum", "none")
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("label_smoothing", "z_loss", "logit_soft_cap", "temperature"),
+    meta_fields=("ignore_index", "reduction", "return_logsumexp", "return_accuracy", "return_entropy", "return_rank", "block_size"),
+)
 @dataclass(frozen=True)
 class Options:
-    """What is known when the program is traced: the options of the cross entropies."""
+    """The options of the cross entropies. Numbers that only arithmetic needs may be arrays, without a gradient; the others are known."""
 
     ignore_index: int = -100
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    logit_soft_cap: float | None = None
-    temperature: float = 1.0
+    label_smoothing: Any = 0.0
+    z_loss: Any = 0.0
+    logit_soft_cap: Any = None
+    temperature: Any = 1.0
     reduction: str = "mean"
     return_logsumexp: bool = False
     return_accuracy: bool = False
     return_entropy: bool = False
     return_rank: bool = False
     block_size: int | None = None
+
+    def of(self, dtype: Any) -> Options:
+        """With arrays of this dtype."""
+        return jax.tree.map(lambda x: x.astype(dtype) if isinstance(x, jax.Array) else x, self)
 
     @property
     def one_number(self) -> bool:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from layers.core import checks
 from layers.core.elementwise import ACTIVATIONS, Activation
+from layers.core.numerics import is_known, wide
 
 SAVE = ("inputs", "preactivations")
 
@@ -36,9 +37,12 @@ def norm(who: str, x: jax.Array, scale: Any, epsilon: Any, scale_offset: Any) ->
     scale = checks.array(who, "norm_scale", scale, optional=True)
     checks.shape(who, "norm_scale", scale, x.shape[-1:], "(in_features,)", x=x)
     epsilon = checks.number(who, "epsilon", epsilon, "[0, inf)", traced=True)
-    offset = checks.number(who, "scale_offset", scale_offset)
-    if offset and scale is None:
+    offset = checks.number(who, "scale_offset", scale_offset, traced=True)
+    if scale is None and not is_known(offset, 0):
         raise ValueError(f"{who}: scale_offset is {offset}, but there is no norm_scale to add it to")
+    if isinstance(offset, jax.Array):
+        dtype = wide(scale.dtype)
+        scale, offset = scale.astype(dtype) + offset.astype(dtype), 0.0
     return scale, {"epsilon": epsilon, "scale_offset": offset}
 
 
@@ -46,7 +50,7 @@ def dropping(who: str, rate: Any, key: Any) -> dict[str, Any]:
     """What a plan holds of these."""
     rate = checks.number(who, "dropout_rate", rate, "[0, 1]", traced=True)
     key = checks.key(who, "dropout_key", key, optional=True)
-    if not isinstance(rate, jax.Array) and rate == 0:
+    if is_known(rate, 0):
         return {}
     if key is None:
         raise ValueError(f"{who}: dropout_rate is above 0, so give dropout_key, a key of jax.random")

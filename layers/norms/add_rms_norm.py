@@ -86,5 +86,5 @@ def add_rms_norm(
         TypeError: where `x` or `residual` is not of a floating-point dtype.
     """
     x, residual, scale, epsilon = arguments.sums("add_rms_norm", x, residual, epsilon, scale=scale)
-    scale_offset = arguments.scale_offset("add_rms_norm", scale_offset, scale)
+    scale, scale_offset = arguments.scale_and_offset("add_rms_norm", scale, scale_offset)
     return AddRMSNormFunction.apply(x, residual, scale, epsilon, scale_offset=scale_offset)

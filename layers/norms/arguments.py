@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.nnx.nn import dtypes
 
 from layers.core import checks
+from layers.core.numerics import is_known, wide
 from layers.norms.statistics import Over
 
 
@@ -34,12 +35,15 @@ def sums(who: str, x: Any, residual: Any, epsilon: Any, **parameters: Any) -> tu
     return x, residual, *others
 
 
-def scale_offset(who: str, value: Any, scale: Any) -> float:
-    """What is added to the scale, if there is one."""
-    value = checks.number(who, "scale_offset", value)
-    if value and scale is None:
-        raise ValueError(f"{who}: scale_offset is {value}, but there is no scale to add it to")
-    return value
+def scale_and_offset(who: str, scale: Any, value: Any) -> tuple[Any, float]:
+    """The scale, if there is one, and what is added to it: an array already is, and has its gradient there."""
+    value = checks.number(who, "scale_offset", value, traced=True)
+    if scale is None and not is_known(value, 0):
+        raise ValueError(f"{who}: scale_offset is {checks.shown(value)}, but there is no scale to add it to")
+    if not isinstance(value, jax.Array):
+        return scale, value
+    dtype = wide(scale.dtype)
+    return scale.astype(dtype) + value.astype(dtype), 0.0
 
 
 def _axes(who: str, what: str, value: Any) -> Any:

@@ -95,7 +95,7 @@ def rms_norm(
         TypeError: where `x` is not of a floating-point dtype.
     """
     x, scale, epsilon = arguments.rows("rms_norm", x, epsilon, scale=scale)
-    scale_offset = arguments.scale_offset("rms_norm", scale_offset, scale)
+    scale, scale_offset = arguments.scale_and_offset("rms_norm", scale, scale_offset)
     return RMSNormFunction.apply(x, scale, epsilon, scale_offset=scale_offset)
 
 
@@ -114,7 +114,7 @@ class RMSNorm(nnx.RMSNorm):
         if scale_offset:
             if "scale_init" not in kwargs:
                 given["scale_init"] = nnx.initializers.constant(1 - scale_offset)
-            self.scale_offset = arguments.scale_offset("RMSNorm", scale_offset, given["use_scale"] or None)
+            self.scale_offset = arguments.scale_and_offset("RMSNorm", given["use_scale"] or None, scale_offset)[1]
         super().__init__(**given)
 
     __init__.__signature__ = arguments.with_option(nnx.RMSNorm, "scale_offset", 0.0)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-LABELS = jnp.array([2, 6, -100, 0, 1])
+LABELS = jnp.array([2, 6, 3, 0, 1])
 
 
 def normal(*shape, seed=0):
@@ -11,7 +11,7 @@ def normal(*shape, seed=0):
 
 
 def _options(**more):
-    return {"ignore_index": -100, "logit_soft_cap": 3.0, "block_size": 2} | more
+    return {"ignore_index": 3, "logit_soft_cap": 3.0, "block_size": 2} | more
 
 
 def _cross_entropy():
@@ -31,12 +31,12 @@ def _cross_entropy():
 def _heads():
     student = {"student_x": normal(5, 3), "student_kernel": normal(3, 7, seed=1), "student_bias": normal(7, seed=2)}
     teacher = {"teacher_x": normal(5, 2, seed=3), "teacher_kernel": normal(2, 7, seed=4), "teacher_bias": normal(7, seed=5)}
-    return student | teacher | {"mask": LABELS != -100, "where": jnp.array([1.0, 0.5, 1.0, 2.0, 3.0]), "temperature": 2.0, "reduction": "mean"}
+    return student | teacher | {"mask": LABELS != 3, "where": jnp.array([1.0, 0.5, 1.0, 2.0, 3.0]), "temperature": 2.0, "reduction": "mean"}
 
 
 def _pairs():
     pairs = {"chosen_x": normal(2, 3, 4), "rejected_x": normal(2, 5, 4, seed=1), "kernel": normal(4, 7, seed=2), "bias": normal(7, seed=3)}
-    labels = {"chosen_labels": jnp.array([[1, 2, 6], [0, 0, 3]]), "rejected_labels": jnp.array([[1, 2, 6, 0, -100], [0, 0, 3, 4, 5]])}
+    labels = {"chosen_labels": jnp.array([[1, 2, 6], [0, 0, 3]]), "rejected_labels": jnp.array([[1, 2, 6, 0, 3], [0, 0, 3, 4, 5]])}
     return pairs | labels | _options(loss_type="sigmoid", beta=0.3, label_smoothing=0.1, reduction="mean", return_rewards=False)
 
 
@@ -44,7 +44,7 @@ def _sampled():
     return _options(
         x=normal(2, 3, 4),
         kernel=normal(4, 7, seed=1),
-        ids=jnp.array([[1, 2, 6], [0, -100, 3]]),
+        ids=jnp.array([[1, 2, 6], [0, 3, 4]]),
         advantages=normal(2, seed=2),
         bias=normal(7, seed=3),
         old_log_probs=-(normal(2, 3, seed=4) ** 2),
@@ -87,7 +87,7 @@ CALLS = {
     "linear_kto": lambda: _options(
         x=normal(2, 3, 4),
         kernel=normal(4, 7, seed=1),
-        labels=jnp.array([[1, 2, 6], [0, -100, 3]]),
+        labels=jnp.array([[1, 2, 6], [0, 3, 4]]),
         desirable=jnp.array([True, False]),
         bias=normal(7, seed=3),
         reference_x=normal(2, 3, 2, seed=4),

@@ -44,10 +44,10 @@ def test_class_that_the_teacher_excludes_gives_finite_gradients():
 
 def test_a_traced_option_is_an_error_that_says_so():
     a, y, x, k = normal(2, 3), jnp.array([0, 2]), normal(2, 4), normal(4, 3)
-    with pytest.raises(TypeError, match="z_loss is traced"):
-        jax.jit(lambda z: softmax_cross_entropy(a, y, z_loss=z))(0.1)
-    with pytest.raises(TypeError, match="temperature is traced"):
-        jax.jit(lambda t: linear_kl_divergence(x, k, x, k, temperature=t))(0.1)
+    with pytest.raises(TypeError, match="ignore_index is traced"):
+        jax.jit(lambda i: softmax_cross_entropy(a, y, ignore_index=i))(1)
+    with pytest.raises(TypeError, match="block_size is traced"):
+        jax.jit(lambda n: linear_kl_divergence(x, k, x, k, block_size=n))(1)
 
 
 def test_wrong_types_are_errors():

@@ -430,3 +430,15 @@ def test_stack_of_norms_and_nonlinearities_takes_less_memory(name, ratio, scanne
         return module(h)
 
     assert temp_bytes(gradient(FUNCTIONS[name]), x, scales) <= ratio * temp_bytes(gradient(flax), x, scales)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
+def test_traced_scale_offset_gives_what_a_known_one_does_and_has_a_gradient(name):
+    x, scale = jax.random.normal(jax.random.key(0), (3, 5)), jnp.linspace(-0.5, 0.5, 5)
+    rows = (x, x) if name == "add_rms_norm" else (x,)
+    run = lambda offset: jax.value_and_grad(
+        lambda x, s: sum(jnp.sin(y).sum() for y in jax.tree.leaves(getattr(layers, name)(*x, s, scale_offset=offset))), (0, 1)
+    )(rows, scale)
+    assert_trees_close(jax.jit(run)(1.0), run(1.0), rtol=1e-5, atol=1e-6)
+    slope = jax.grad(lambda offset: run(offset)[0])(1.0)
+    np.testing.assert_allclose(slope, run(1.0)[1][1].sum(), rtol=1e-5)
