@@ -42,6 +42,14 @@ def is_known(x: Any, value: float) -> bool:
     return not isinstance(x, jax.Array) and x == value
 
 
+def with_offset(scale: Any, offset: Any) -> tuple[Any, Any]:
+    """A scale and what is to be added to it; an offset that is an array already is."""
+    if not isinstance(offset, jax.Array):
+        return scale, offset
+    dtype = wide(scale.dtype)
+    return scale.astype(dtype) + offset.astype(dtype), 0.0
+
+
 def cleared(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x, and 0 where weight is 0 and x infinite or NaN: what does not count is not touched."""
     return jnp.where((weight == 0) & ~jnp.isfinite(x), 0, x)

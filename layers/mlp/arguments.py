@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from layers.core import checks
 from layers.core.elementwise import ACTIVATIONS, Activation
-from layers.core.numerics import is_known, wide
+from layers.core.numerics import is_known, with_offset
 
 SAVE = ("inputs", "preactivations")
 
@@ -40,9 +40,7 @@ def norm(who: str, x: jax.Array, scale: Any, epsilon: Any, scale_offset: Any) ->
     offset = checks.number(who, "scale_offset", scale_offset, traced=True)
     if scale is None and not is_known(offset, 0):
         raise ValueError(f"{who}: scale_offset is {offset}, but there is no norm_scale to add it to")
-    if isinstance(offset, jax.Array):
-        dtype = wide(scale.dtype)
-        scale, offset = scale.astype(dtype) + offset.astype(dtype), 0.0
+    scale, offset = with_offset(scale, offset)
     return scale, {"epsilon": epsilon, "scale_offset": offset}
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.nnx.nn import dtypes
 
 from layers.core import checks
-from layers.core.numerics import is_known, wide
+from layers.core.numerics import is_known, with_offset
 from layers.norms.statistics import Over
 
 
@@ -36,14 +36,11 @@ def sums(who: str, x: Any, residual: Any, epsilon: Any, **parameters: Any) -> tu
 
 
 def scale_and_offset(who: str, scale: Any, value: Any) -> tuple[Any, float]:
-    """The scale, if there is one, and what is added to it: an array already is, and has its gradient there."""
+    """The scale, if there is one, and what is to be added to it: an array already is, and has its gradient there."""
     value = checks.number(who, "scale_offset", value, traced=True)
     if scale is None and not is_known(value, 0):
         raise ValueError(f"{who}: scale_offset is {checks.shown(value)}, but there is no scale to add it to")
-    if not isinstance(value, jax.Array):
-        return scale, value
-    dtype = wide(scale.dtype)
-    return scale.astype(dtype) + value.astype(dtype), 0.0
+    return with_offset(scale, value)
 
 
 def _axes(who: str, what: str, value: Any) -> Any:
