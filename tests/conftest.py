@@ -37,7 +37,7 @@ MEMORY = 3 * 2**29
 def pytest_xdist_make_scheduler(config, log):
     """With `-n`, a file's tests stay with one worker, which compiles what they share once; the contract's, which share nothing, each go alone.
 
-    What xdist calls scopes it hands out by their number of tests, so the contract comes last and both workers end at the same time.
+    xdist hands out the files with the most tests first, so the contract comes last, and all workers end at the same time.
     """
     if config.option.dist != "load":
         return None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -15,6 +16,13 @@ def assert_trees_close(actual: Any, expected: Any, *, rtol: float, atol: float =
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=rtol, atol=atol)
+
+
+def normal(seed: int, *shape: int, dtype: Any = None) -> jax.Array:
+    """Normal numbers, drawn by NumPy: `jax.random` compiles for each shape. Complex ones have both parts."""
+    drawn = np.random.default_rng(seed).standard_normal((2, *shape))
+    dtype = jnp.dtype(dtype or jnp.float32)
+    return jnp.asarray((drawn[0] + 1j * drawn[1] if jnp.issubdtype(dtype, jnp.complexfloating) else drawn[0]).astype(dtype))
 
 
 def temp_bytes(fn: Callable[..., Any], *args: Any) -> int:

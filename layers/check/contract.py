@@ -97,7 +97,9 @@ class _Subject:
         return sum((jnp.sum(jnp.real(y * _weights(y))) for y in self.outputs(*moved)), jnp.zeros(()))
 
     def gradient(self, *moved: Any) -> tuple[Any, ...]:
-        return jax.grad(self.loss, tuple(range(len(moved))))(*moved)
+        """That of `loss`, whose gradient in each output is its weights."""
+        outputs, pull = jax.vjp(self.outputs, *moved)
+        return pull([jnp.asarray(_weights(y)) for y in outputs])
 
     @functools.cached_property
     def expected(self) -> tuple[Any, ...]:
@@ -118,6 +120,11 @@ class _Subject:
     def wide(self) -> list[np.ndarray]:
         """The arguments in float64, where that is enabled."""
         return [np.asarray(_wide(x)) for x in self.moving]
+
+    @functools.cached_property
+    def batched(self) -> Callable[..., tuple[Any, ...]]:
+        """`gradient` of each of a batch, compiled."""
+        return jax.jit(jax.vmap(self.gradient))
 
     @functools.cached_property
     def pairs(self) -> tuple[list[Any], list[Any]]:
@@ -304,7 +311,7 @@ def _scan(s: _Subject) -> None:
 
 def _vmap(s: _Subject) -> None:
     batch, expected = s.pairs
-    _same(jax.jit(jax.vmap(s.gradient))(*batch), expected)
+    _same(s.batched(*batch), expected)
     first = [batch[0], *s.moving[1:]]
     axes = (0, *[None] * (len(first) - 1))
     whole = jax.grad(lambda *x: jax.vmap(s.loss, axes)(*x).sum(), tuple(range(len(first))))
@@ -351,7 +358,7 @@ HALF_PRECISION_EPS = 16
 def _error_in(s: _Subject, moved: Sequence[Any], given: Sequence[Any]) -> float:
     """The largest relative error (Euclidean norm) of gradients of rounded arguments, beside float64 at the same arguments."""
     with jax.enable_x64(True):
-        exact = [np.asarray(e) for e in jax.jit(s.gradient)(*map(_wide, moved))]
+        exact = [np.asarray(e) for e in s.compiled(*map(_wide, moved))]
     errors = [np.linalg.norm(np.ravel(np.asarray(g, e.dtype) - e)) / max(np.linalg.norm(np.ravel(e)), 1.0) for g, e in zip(given, exact, strict=True)]
     return float(max(errors, default=0.0))
 
@@ -364,10 +371,10 @@ def _sharding(s: _Subject) -> str:
     spec = jax.sharding.PartitionSpec("d")
     batch, expected = s.pairs
     placed = [jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)) for x in batch]
-    _same(jax.jit(jax.vmap(s.gradient))(*placed), expected)
+    _same(s.batched(*placed), expected)
 
     def on_each(*moved: Any) -> Any:
-        return [g[None] for g in s.gradient(*[x[0] for x in moved])]
+        return [g[None] for g in jax.grad(s.loss, tuple(range(len(moved))))(*[x[0] for x in moved])]
 
     mapped = jax.shard_map(on_each, mesh=mesh, in_specs=spec, out_specs=spec)
     _same(jax.jit(mapped)(*placed), expected)
@@ -383,7 +390,7 @@ def _sharding(s: _Subject) -> str:
 
 def _no_leak(s: _Subject) -> None:
     with jax.checking_leaks():
-        jax.jit(lambda *moved: s.gradient(*moved))(*s.moving)  # a function of its own, so that it is traced here
+        jax.eval_shape(lambda *moved: s.gradient(*moved), *s.moving)  # a function of its own, so that it is traced here
 
 
 def _memory(s: _Subject) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from layers.attention import plan
 from layers.attention.dot_product_attention import DotProductAttentionFunction
 from layers.attention.plan import Hidden, Options
 from layers.attention.tiles import Grid, Tile
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, normal, saved_bytes, temp_bytes
 
 BATCH, TIME, KV_TIME, HEADS, KV_HEADS, DIM, VALUE_DIM = 2, 11, 9, 4, 2, 3, 5
 
@@ -61,11 +62,21 @@ def direct(q: Any, k: Any, v: Any, bias: Any = None, mask: Any = None, **o: Any)
 
 def arrays(dtype: Any = None, kv_heads: int = KV_HEADS, time: int = TIME, kv_time: int = KV_TIME) -> list[jax.Array]:
     shapes = (BATCH, time, HEADS, DIM), (BATCH, kv_time, kv_heads, DIM), (BATCH, kv_time, kv_heads, VALUE_DIM)
-    return [jax.random.normal(key, shape, dtype) for key, shape in zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)]
+    return [normal(i, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
 
 
 def random_mask(*shape: int) -> jax.Array:
-    return jax.random.bernoulli(jax.random.key(3), 0.6, shape)
+    return jnp.asarray(np.random.default_rng(3).random(shape) < 0.6)
+
+
+def pulled(f: Any, *args: Any) -> Any:
+    """Outputs and the gradients of their sum, as NumPy arrays."""
+
+    def run(*args):
+        out, pull = jax.vjp(f, *args)
+        return out, pull(jax.tree.map(jnp.ones_like, out))
+
+    return jax.tree.map(np.asarray, jax.jit(run)(*args))
 
 
 def finite(pair: Any) -> Any:
@@ -119,7 +130,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def with_moving(options: dict[str, Any]) -> tuple[list[str], list[jax.Array], dict[str, Any]]:
     """Names and values of the arrays among the options that are differentiated, and the other options."""
     names = [n for n in ("bias", "sinks") if n in options]
-    moving = [jax.random.normal(jax.random.key(7), options[n], jnp.float64) for n in names]
+    moving = [normal(7, *options[n], dtype=jnp.float64) for n in names]
     return names, moving, {n: x for n, x in options.items() if n not in names}
 
 
@@ -135,10 +146,10 @@ def test_values_and_gradients_are_those_of_the_definition(name: str, kv_heads: i
         def expected(q, k, v, *moved):
             return direct(q, k, v, **dict(zip(names, moved, strict=True)), **rest)
 
-        where = tuple(range(len(args)))
-        assert_trees_close(ours(*args), expected(*args), rtol=0, atol=1e-10)
-        got, want = (jax.jit(jax.grad(lambda *a, f=f: finite(f(*a)), where))(*args) for f in (ours, expected))
-        assert_trees_close(got, want, rtol=0, atol=1e-10)
+        def gradients(f):
+            return jax.jit(jax.grad(lambda *a: (finite(out := f(*a)), out), tuple(range(len(args))), has_aux=True))(*args)
+
+        assert_trees_close(gradients(ours), gradients(expected), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["no keys at all", "all"])
@@ -146,7 +157,7 @@ def test_second_derivatives_and_forward_mode_are_those_of_the_definition(name: s
     with jax.enable_x64(True):
         names, moving, rest = with_moving(OPTIONS[name])
         args = [*arrays(jnp.float64), *moving]
-        along = [jnp.cos(x) for x in args]
+        along = [jnp.asarray(np.cos(x)) for x in args]
 
         def scalar(f, **extra):
             return lambda q, k, v, *moved: finite(f(q, k, v, **dict(zip(names, moved, strict=True)), **rest, **extra))
@@ -170,8 +181,8 @@ def test_dropout_drops_the_same_weights_in_backward(shared: bool, small_blocks: 
         grid = Grid(
             (TIME, KV_TIME), (TIME, KV_TIME), (BATCH, KV_HEADS, HEADS // KV_HEADS), Hidden(words=words), Options(rate=rate, shared_dropout=shared)
         )
-        multiplier = jnp.broadcast_to(Tile(grid, jnp.zeros(2, int)).multiplier(jnp.float64), (*grid.planes, TIME, KV_TIME))
-        multiplier = multiplier.reshape(BATCH, HEADS, TIME, KV_TIME)
+        multiplier = jax.jit(lambda: Tile(grid, jnp.zeros(2, int)).multiplier(jnp.float64))()
+        multiplier = np.broadcast_to(multiplier, (*grid.planes, TIME, KV_TIME)).reshape(BATCH, HEADS, TIME, KV_TIME)
 
         def ours(q, k, v):
             return dot_product_attention(q, k, v, dropout_rate=rate, dropout_key=key, broadcast_dropout=shared, return_logsumexp=True)
@@ -179,7 +190,7 @@ def test_dropout_drops_the_same_weights_in_backward(shared: bool, small_blocks: 
         def expected(q, k, v):
             return direct(q, k, v, multiplier=multiplier)
 
-        got, want = (jax.value_and_grad(lambda *a, f=f: finite(f(*a)), (0, 1, 2))(*args) for f in (ours, expected))
+        got, want = (jax.jit(jax.value_and_grad(lambda *a, f=f: finite(f(*a)), (0, 1, 2)))(*args) for f in (ours, expected))
         assert_trees_close(got, want, rtol=0, atol=1e-10)
 
 
@@ -187,7 +198,7 @@ def test_dropout_drops_the_same_weights_in_backward(shared: bool, small_blocks: 
 def test_dropped_weights_are_as_many_as_the_rate_says_and_independent(rate: float) -> None:
     n = 256
     grid = Grid((n, n), (n, n), (2, 2, 1), Hidden(words=jnp.array([0, 1], jnp.uint32)), Options(rate=rate))
-    kept = np.asarray(Tile(grid, jnp.zeros(2, int)).multiplier(jnp.float32)).reshape(4, n, n) > 0
+    kept = np.asarray(jax.jit(lambda: Tile(grid, jnp.zeros(2, int)).multiplier(jnp.float32))()).reshape(4, n, n) > 0
     spread = (rate * (1 - rate)) ** 0.5
     assert abs(kept.mean() - (1 - rate)) < 5 * spread / kept.size**0.5
     centred = (kept - (1 - rate)) / spread
@@ -214,8 +225,8 @@ def test_values_are_those_of_jax_nn(options: dict[str, Any], batched: bool, dtyp
     if not batched and "key_value_seq_lengths" in options:
         options = {n: x[:1] for n, x in options.items()}
     shapes = ((2, 20, 4, 8), (2, 20, 2, 8), (2, 20, 2, 8)) if batched else ((20, 4, 8), (20, 2, 8), (20, 2, 8))
-    q, k, v = (jax.random.normal(jax.random.key(i), s, dtype) for i, s in enumerate(shapes))
-    got, expected = dot_product_attention(q, k, v, **options), jax.nn.dot_product_attention(q, k, v, **options)
+    args = [normal(i, *s, dtype=dtype) for i, s in enumerate(shapes)]
+    got, expected = (jax.jit(partial(f, **options))(*args) for f in (dot_product_attention, jax.nn.dot_product_attention))
     assert got.dtype == expected.dtype
     tolerance = 4 * float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(np.float32(got), np.float32(expected), rtol=tolerance, atol=4 * tolerance)
@@ -229,13 +240,13 @@ def test_bfloat16_errs_no_more_than_jax_nn(peak: float) -> None:
         out, pull = jax.vjp(lambda *a: f(*a, is_causal=True), *args[:3])
         return out, *pull(args[3])
 
-    ours, theirs = (jax.jit(lambda *a, f=f: run(f, *a)) for f in (dot_product_attention, jax.nn.dot_product_attention))
+    ours, theirs, exactly = (jax.jit(partial(run, f)) for f in (dot_product_attention, jax.nn.dot_product_attention, jax.nn.dot_product_attention))
     with jax.enable_x64(True):
         for seed in range(4):
-            args = [jax.random.normal(key, (1, 64, 2, 16), jnp.bfloat16) for key in jax.random.split(jax.random.key(seed), 4)]
-            args[0] = args[0] * peak
-            exact = run(jax.nn.dot_product_attention, *(x.astype(jnp.float64) for x in args))
-            errors = ([float(jnp.linalg.norm(g - e)) for g, e in zip(f(*args), exact, strict=True)] for f in (ours, theirs))
+            args = [normal(4 * seed + i, 1, 64, 2, 16, dtype=jnp.bfloat16) for i in range(4)]
+            args[0] = jnp.asarray(np.asarray(args[0]) * args[0].dtype.type(peak))
+            exact = exactly(*(np.asarray(x, np.float64) for x in args))
+            errors = ([np.linalg.norm(np.asarray(g, np.float64) - e) for g, e in zip(f(*args), exact, strict=True)] for f in (ours, theirs))
             assert all(a <= b for a, b in zip(*errors, strict=True))
 
 
@@ -250,7 +261,7 @@ def test_gradients_of_keys_in_16_bits_are_added_up_in_32(time: int, kv_time: int
         return [np.float32(x) for x in found]
 
     ours, theirs = (grads(lambda *a, f=f: f(*a, is_causal=True), *args) for f in (dot_product_attention, jax.nn.dot_product_attention))
-    expected = grads(lambda *a: direct(*a, is_causal=True)[0], *(x.astype(jnp.float32) for x in args))
+    expected = grads(lambda *a: direct(*a, is_causal=True)[0], *(np.float32(x) for x in args))
     np.testing.assert_allclose(ours[1], expected[1], rtol=2**-8)
     assert all(np.linalg.norm(a - e) <= np.linalg.norm(b - e) for a, b, e in zip(ours, theirs, expected, strict=True))
     assert not any(x[:, time:].any() for x in ours)
@@ -262,7 +273,7 @@ def test_any_length(time: int, kv_time: int, causal: bool) -> None:
     with jax.enable_x64(True):
         args = arrays(jnp.float64, time=time, kv_time=kv_time)
         grads = [
-            jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(*args)
+            jax.jit(jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2)))(*args)
             for f in (lambda *a: dot_product_attention(*a, is_causal=causal), lambda *a: direct(*a, is_causal=causal)[0])
         ]
         assert_trees_close(grads[0], grads[1], rtol=0, atol=1e-10)
@@ -278,26 +289,25 @@ def test_empty_axes_give_zeros(shape: tuple[int, ...], kv_shape: tuple[int, ...]
 
 def test_query_that_sees_nothing_gives_zeros_and_no_gradient() -> None:
     q, k, v = arrays()
-    mask = jnp.ones((1, 1, TIME, KV_TIME), bool).at[:, :, 2].set(False)
-    out, pull = jax.vjp(lambda q, k, v: dot_product_attention(q, k, v, mask=mask, return_logsumexp=True), q, k, v)
-    assert not out[0][:, 2].any() and bool(jnp.all(out[1][:, 2] == -jnp.inf))
-    grads = pull(jax.tree.map(jnp.ones_like, out))
-    assert all(bool(jnp.isfinite(g).all()) for g in grads) and not grads[0][:, 2].any()
+    mask = jnp.asarray(np.arange(TIME)[:, None] != 2)[None, None]
+    out, grads = pulled(lambda q, k, v: dot_product_attention(q, k, v, mask=mask, return_logsumexp=True), q, k, v)
+    assert not out[0][:, 2].any() and (out[1][:, 2] == -np.inf).all()
+    assert all(np.isfinite(g).all() for g in grads) and not grads[0][:, 2].any()
 
 
 @pytest.mark.parametrize("size", [1e4, 1e18])
 def test_huge_scores_have_finite_gradients(size: float) -> None:
     q, k, v = arrays()
-    value, grads = jax.value_and_grad(lambda q, v: dot_product_attention(q, k, v, is_causal=True).sum(), (0, 1))(q * size, v)
-    assert all(bool(jnp.isfinite(x).all()) for x in (value, *grads))
+    out, grads = pulled(lambda q, v: dot_product_attention(q, k, v, is_causal=True), np.float32(q * np.float32(size)), v)
+    assert all(np.isfinite(x).all() for x in (out, *grads))
 
 
 @pytest.mark.parametrize("number", [jnp.inf, -jnp.inf])
 def test_infinite_bias_has_finite_gradients(number: float) -> None:
     q, k, v = arrays()
-    bias = jnp.zeros((1, 1, TIME, KV_TIME)).at[..., 3].set(number)
-    out, grads = jax.value_and_grad(lambda *a: dot_product_attention(*a).sum(), (0, 1, 2, 3))(q, k, v, bias)
-    assert bool(jnp.isfinite(out)) and all(bool(jnp.isfinite(g).all()) for g in grads)
+    bias = np.broadcast_to(np.where(np.arange(KV_TIME) == 3, np.float32(number), 0), (1, 1, TIME, KV_TIME))
+    out, grads = pulled(dot_product_attention, q, k, v, bias)
+    assert all(np.isfinite(x).all() for x in (out, *grads))
 
 
 @pytest.mark.parametrize("number", [jnp.inf, -jnp.inf])
@@ -305,9 +315,9 @@ def test_infinite_sink_has_finite_gradients(number: float) -> None:
     """An infinite sink takes all of the weight, one of -inf none."""
     q, k, v = arrays()
     sinks = jnp.full(HEADS, number)
-    out, pull = jax.vjp(lambda q, k, v: dot_product_attention(q, k, v, sinks=sinks), q, k, v)
-    assert_trees_close(out, jnp.zeros_like(out) if number > 0 else dot_product_attention(q, k, v), rtol=1e-6)
-    assert all(bool(jnp.isfinite(g).all()) for g in pull(jnp.ones_like(out)))
+    out, grads = pulled(lambda q, k, v: dot_product_attention(q, k, v, sinks=sinks), q, k, v)
+    assert_trees_close(out, np.zeros_like(out) if number > 0 else dot_product_attention(q, k, v), rtol=1e-6)
+    assert all(np.isfinite(g).all() for g in grads)
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -382,12 +392,13 @@ def _training(attention: Any) -> Any:
 
 def test_vmap_is_a_loop(small_blocks: None) -> None:
     q, k, v = arrays()
-    stack = [jnp.stack([x, jnp.sin(x)]) for x in (q, k, v)]
+    stack = [np.stack([x, np.sin(x)]) for x in (q, k, v)]
 
+    @jax.jit
     def grad(*a):
         return jax.grad(lambda *b: dot_product_attention(*b, is_causal=True).sum(), (0, 1, 2))(*a)
 
-    looped = jax.tree.map(lambda *x: jnp.stack(x), *(grad(*(x[i] for x in stack)) for i in (0, 1)))
+    looped = jax.tree.map(lambda *x: np.stack(x), *(grad(*(x[i] for x in stack)) for i in (0, 1)))
     assert_trees_close(jax.vmap(grad)(*stack), looped, rtol=1e-4, atol=1e-5)
 
 
@@ -396,6 +407,7 @@ def test_batch_is_sharded_by_shard_map() -> None:
     spec = jax.sharding.PartitionSpec("data")
     args = arrays()
 
+    @jax.jit
     def grad(*a):
         return jax.grad(lambda *b: dot_product_attention(*b, is_causal=True).sum(), (0, 1, 2))(*a)
 
@@ -418,7 +430,7 @@ def test_offset_may_be_traced_for_decoding() -> None:
     q, k, v = arrays()
     step = jax.jit(lambda t: dot_product_attention(q[:, :1], k, v, is_causal=True, query_offset=t))
     for t in (0, 3, KV_TIME - 1):
-        assert_trees_close(step(t), dot_product_attention(q[:, :1], k[:, : t + 1], v[:, : t + 1]), rtol=1e-5, atol=1e-6)
+        assert_trees_close(step(t), direct(q[:, :1], k[:, : t + 1], v[:, : t + 1])[0], rtol=1e-5, atol=1e-6)
 
 
 def test_segments_in_a_list_are_a_batch_and_no_pair() -> None:
