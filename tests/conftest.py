@@ -55,6 +55,12 @@ def pytest_runtest_setup(item):
         pytest.skip("needs the engine 'linear'")
 
 
+def pytest_collection_finish():
+    """What was imported stays: it need not be searched for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_teardown(item, nextitem):
     if nextitem is None or nextitem.path != item.path or _resident() > MEMORY:
         jax.clear_caches()

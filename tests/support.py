@@ -18,11 +18,21 @@ def assert_trees_close(actual: Any, expected: Any, *, rtol: float, atol: float =
         np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=rtol, atol=atol)
 
 
-def normal(seed: int, *shape: int, dtype: Any = None) -> jax.Array:
-    """Normal numbers, drawn by NumPy: `jax.random` compiles for each shape. Complex ones have both parts."""
-    drawn = np.random.default_rng(seed).standard_normal((2, *shape))
-    dtype = jnp.dtype(dtype or jnp.float32)
-    return jnp.asarray((drawn[0] + 1j * drawn[1] if jnp.issubdtype(dtype, jnp.complexfloating) else drawn[0]).astype(dtype))
+def draw_normal(seed: int, shape: tuple[int, ...] = (), dtype: Any = None) -> jax.Array:
+    """Normal numbers, drawn by NumPy: `jax.random` compiles for each shape. Complex ones have two such parts, over √2."""
+    parts = np.random.default_rng(seed).standard_normal((2, *shape))
+    dtype = jnp.dtype(dtype or jnp.result_type(float))
+    return jnp.asarray(((parts[0] + 1j * parts[1]) / 2**0.5 if jnp.issubdtype(dtype, jnp.complexfloating) else parts[0]).astype(dtype))
+
+
+def jit_grad(fn: Callable[..., Any], *args: Any, **options: Any) -> Callable[..., Any]:
+    """`jax.grad`, compiled as one program; outside `jax.jit` JAX compiles each operation for each shape, which takes long."""
+    return jax.jit(jax.grad(fn, *args, **options))
+
+
+def jit_value_and_grad(fn: Callable[..., Any], *args: Any, **options: Any) -> Callable[..., Any]:
+    """`jax.value_and_grad`, compiled as one program."""
+    return jax.jit(jax.value_and_grad(fn, *args, **options))
 
 
 def temp_bytes(fn: Callable[..., Any], *args: Any) -> int:

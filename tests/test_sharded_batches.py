@@ -12,10 +12,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import layers
-from tests.support import assert_trees_close
+from tests.support import assert_trees_close, draw_normal
 
 EXPLICIT = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-X = jax.random.normal(jax.random.key(0), (16, 5, 8))
+X = draw_normal(0, (16, 5, 8))
 Q = X.reshape(16, 5, 2, 4)
 
 

@@ -1,8 +1,8 @@
 """Good calls of the activations, for `tests/test_bad_input.py`."""
 
-import jax
+from tests.support import draw_normal
 
-X, UP = jax.random.normal(jax.random.key(0), (2, 3, 5))
+X, UP = draw_normal(0, (2, 3, 5))
 
 CALLS = {
     "relu": lambda: {"x": X},

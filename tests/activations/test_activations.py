@@ -15,7 +15,7 @@ from layers.activations.relu_squared import relu_squared
 from layers.activations.silu import silu
 from layers.activations.softplus import softplus
 from layers.activations.swiglu import swiglu
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, draw_normal, jit_grad, saved_bytes, temp_bytes
 
 UNARY = {
     "relu": (relu, jax.nn.relu),
@@ -60,7 +60,7 @@ def test_values_are_those_of_jax_nn_bit_for_bit(name):
 def test_gradients_of_both_orders_and_tangents_are_those_of_autodiff_in_float64(name):
     def everything(fn, args):
         places = tuple(range(len(args)))
-        first = jax.grad(partial(loss, fn), places)
+        first = jit_grad(partial(loss, fn), places)
         dot = lambda *a: sum((g * jnp.cos(x)).sum() for g, x in zip(first(*a), a, strict=True))
         tangents = jax.jvp(partial(loss, fn), args, args)[1]
         return first(*args), jax.grad(dot, places)(*args), tangents, jax.jvp(first, args, args)[1]
@@ -76,7 +76,7 @@ def test_gradients_of_both_orders_and_tangents_are_those_of_autodiff_in_float64(
 def test_error_is_not_above_that_of_autodiff(name, dtype):
     """Against float64, summed over many elements; values and gradients."""
     args = tuple(a.astype(dtype) for a in draw(name, (1 << 14,)))
-    dy = jax.random.normal(jax.random.key(9), (1 << 14,)).astype(dtype)
+    dy = draw_normal(9, (1 << 14,)).astype(dtype)
 
     def run(fn, *args):
         y, pull = jax.vjp(fn, *args)
@@ -131,7 +131,7 @@ def test_gradient_of_relu_at_zero_is_zero():
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (7,), (3, 11), (2, 16)])
 def test_relu_keeps_a_bit_an_element_of_any_shape(shape):
-    x = jax.random.normal(jax.random.key(1), shape)
+    x = draw_normal(1, shape)
     y, pull = jax.vjp(relu, x)
     np.testing.assert_array_equal(y, np.maximum(x, 0))
     np.testing.assert_array_equal(pull(3 * jnp.ones(shape))[0], 3.0 * (x > 0))

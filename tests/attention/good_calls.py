@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tests.support import draw_normal
+
 
 def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return draw_normal(seed, shape)
 
 
 def _attention():

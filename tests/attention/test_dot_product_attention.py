@@ -15,7 +15,7 @@ from layers.attention import plan
 from layers.attention.dot_product_attention import DotProductAttentionFunction
 from layers.attention.plan import Hidden, Options
 from layers.attention.tiles import Grid, Tile
-from tests.support import assert_trees_close, normal, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, draw_normal, saved_bytes, temp_bytes
 
 BATCH, TIME, KV_TIME, HEADS, KV_HEADS, DIM, VALUE_DIM = 2, 11, 9, 4, 2, 3, 5
 
@@ -62,7 +62,7 @@ def direct(q: Any, k: Any, v: Any, bias: Any = None, mask: Any = None, **o: Any)
 
 def arrays(dtype: Any = None, kv_heads: int = KV_HEADS, time: int = TIME, kv_time: int = KV_TIME) -> list[jax.Array]:
     shapes = (BATCH, time, HEADS, DIM), (BATCH, kv_time, kv_heads, DIM), (BATCH, kv_time, kv_heads, VALUE_DIM)
-    return [normal(i, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
+    return [draw_normal(i, shape, dtype) for i, shape in enumerate(shapes)]
 
 
 def random_mask(*shape: int) -> jax.Array:
@@ -130,7 +130,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def with_moving(options: dict[str, Any]) -> tuple[list[str], list[jax.Array], dict[str, Any]]:
     """Names and values of the arrays among the options that are differentiated, and the other options."""
     names = [n for n in ("bias", "sinks") if n in options]
-    moving = [normal(7, *options[n], dtype=jnp.float64) for n in names]
+    moving = [draw_normal(7, options[n], jnp.float64) for n in names]
     return names, moving, {n: x for n, x in options.items() if n not in names}
 
 
@@ -225,7 +225,7 @@ def test_values_are_those_of_jax_nn(options: dict[str, Any], batched: bool, dtyp
     if not batched and "key_value_seq_lengths" in options:
         options = {n: x[:1] for n, x in options.items()}
     shapes = ((2, 20, 4, 8), (2, 20, 2, 8), (2, 20, 2, 8)) if batched else ((20, 4, 8), (20, 2, 8), (20, 2, 8))
-    args = [normal(i, *s, dtype=dtype) for i, s in enumerate(shapes)]
+    args = [draw_normal(i, s, dtype) for i, s in enumerate(shapes)]
     got, expected = (jax.jit(partial(f, **options))(*args) for f in (dot_product_attention, jax.nn.dot_product_attention))
     assert got.dtype == expected.dtype
     tolerance = 4 * float(jnp.finfo(dtype).eps)
@@ -243,7 +243,7 @@ def test_bfloat16_errs_no_more_than_jax_nn(peak: float) -> None:
     ours, theirs, exactly = (jax.jit(partial(run, f)) for f in (dot_product_attention, jax.nn.dot_product_attention, jax.nn.dot_product_attention))
     with jax.enable_x64(True):
         for seed in range(4):
-            args = [normal(4 * seed + i, 1, 64, 2, 16, dtype=jnp.bfloat16) for i in range(4)]
+            args = [draw_normal(4 * seed + i, (1, 64, 2, 16), jnp.bfloat16) for i in range(4)]
             args[0] = jnp.asarray(np.asarray(args[0]) * args[0].dtype.type(peak))
             exact = exactly(*(np.asarray(x, np.float64) for x in args))
             errors = ([np.linalg.norm(np.asarray(g, np.float64) - e) for g, e in zip(f(*args), exact, strict=True)] for f in (ours, theirs))

@@ -12,7 +12,7 @@ import pytest
 
 from layers import dot_product_attention
 from layers.attention import plan
-from tests.support import assert_trees_close
+from tests.support import assert_trees_close, draw_normal, jit_grad
 
 TIME, HEADS, DIM = 7, 2, 3
 KEPT = jnp.array([True, True, False, True, True, False, False])  # keys
@@ -43,7 +43,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draw(seed: int, dtype: Any = jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (2, TIME, HEADS, DIM), dtype)
+    return draw_normal(seed, (2, TIME, HEADS, DIM), dtype)
 
 
 def spoil(x: jax.Array, kept: Any, number: float) -> jax.Array:
@@ -101,7 +101,7 @@ def test_key_that_is_nan_touches_only_queries_that_see_it(options: dict[str, Any
 def test_keys_of_queries_that_are_not_nan_have_gradients_without_it() -> None:
     ids = jnp.array([[1, 1, 1, 1, 2, 2, 2]] * 2)
     q, k, v = (draw(i) for i in range(3))
-    gradients = jax.grad(lambda *a: dot_product_attention(*a, segment_ids=ids).sum(), (0, 1, 2))
+    gradients = jit_grad(lambda *a: dot_product_attention(*a, segment_ids=ids).sum(), (0, 1, 2))
     given, expected = gradients(q.at[:, 5].set(jnp.nan), k, v), gradients(q, k, v)
     for g, e in zip(given, expected, strict=True):
         np.testing.assert_allclose(g[:, :4], e[:, :4], rtol=1e-4, atol=1e-6)
@@ -109,7 +109,7 @@ def test_keys_of_queries_that_are_not_nan_have_gradients_without_it() -> None:
 
 def test_bias_under_a_mask_may_be_nan() -> None:
     q, k, v = (draw(i) for i in range(3))
-    bias, mask = jax.random.normal(jax.random.key(9), (2, HEADS, TIME, TIME)), jnp.tri(TIME, dtype=bool)
+    bias, mask = draw_normal(9, (2, HEADS, TIME, TIME)), jnp.tri(TIME, dtype=bool)
     run = jax.jit(jax.value_and_grad(lambda q, k, v, b: jnp.sin(dot_product_attention(q, k, v, b, mask, logit_soft_cap=3.0)).sum(), (0, 1, 2, 3)))
     given, expected = run(q, k, v, jnp.where(mask, bias, jnp.nan)), run(q, k, v, jnp.where(mask, bias, 0))
     assert_trees_close(given, expected, rtol=1e-5, atol=1e-6)

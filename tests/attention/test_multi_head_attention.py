@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from layers import MultiHeadAttention
-from tests.support import assert_trees_close, normal
+from tests.support import assert_trees_close, draw_normal
 
 FEATURES, TIME = 8, 5
 
@@ -31,7 +31,7 @@ def pair(**options: Any) -> tuple[nnx.Module, nnx.Module]:
 )
 @pytest.mark.parametrize("batch, causal", [((), False), ((2,), True), ((2, 3), False)])
 def test_values_and_gradients_are_those_of_flax(options: dict[str, Any], batch: tuple[int, ...], causal: bool) -> None:
-    x = normal(1, *batch, TIME, FEATURES)
+    x = draw_normal(1, (*batch, TIME, FEATURES))
     mask = nnx.make_attention_mask(jnp.ones((*batch, TIME)), jnp.broadcast_to(jnp.arange(TIME) < 3, (*batch, TIME))) if not causal else None
 
     @nnx.jit
@@ -55,7 +55,7 @@ def test_normalised_queries_and_keys_are_those_of_flax_in_float64(head_dim: int)
         return jnp.einsum("bhqk,bkhd->bqhd", p, v)
 
     with jax.enable_x64(True):
-        x = normal(1, 2, TIME, FEATURES, dtype=jnp.float64)
+        x = draw_normal(1, (2, TIME, FEATURES), jnp.float64)
         options = {"normalize_qk": True, "qkv_features": 4 * head_dim, "param_dtype": jnp.float64}
         modules = pair(**options, attention_fn=softmax_attention)[0], pair(**options)[1]
         both = [nnx.jit(nnx.value_and_grad(lambda m: jnp.sum(jnp.sin(m(x)))))(module) for module in modules]
@@ -65,7 +65,7 @@ def test_normalised_queries_and_keys_are_those_of_flax_in_float64(head_dim: int)
 
 def test_decoding_step_by_step_is_that_of_flax() -> None:
     flax, ours = pair(decode=True, num_kv_heads=2)
-    x = normal(1, 2, TIME, FEATURES)
+    x = draw_normal(1, (2, TIME, FEATURES))
     for module in (flax, ours):
         module.init_cache(x.shape)
     for t in range(TIME):
@@ -77,7 +77,7 @@ def test_decoding_sees_every_key_so_far_though_it_is_called_causal() -> None:
     """As in Flax from 0.12.12 on; before, the one query saw the first key only."""
     _, causal = pair(decode=True)
     _, plain = pair(decode=True)
-    x = normal(1, 2, TIME, FEATURES)
+    x = draw_normal(1, (2, TIME, FEATURES))
     for module in (causal, plain):
         module.init_cache(x.shape)
     for t in range(TIME):
@@ -97,7 +97,7 @@ def test_weights_are_sown_where_asked_for() -> None:
 
 def test_dropout_acts_only_in_training() -> None:
     _, module = pair(dropout_rate=0.5)
-    x = normal(1, 2, TIME, FEATURES)
+    x = draw_normal(1, (2, TIME, FEATURES))
     still = module(x, deterministic=True)
     assert bool((module(x, deterministic=False) != still).any()) and bool((module(x, deterministic=True) == still).all())
 

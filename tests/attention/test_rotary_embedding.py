@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from layers import rotary_embedding
-from tests.support import assert_trees_close, saved_bytes
+from tests.support import assert_trees_close, draw_normal, saved_bytes
 
 POSITIONS = [None, jnp.array([4, 0, 7]), jnp.array([[0, 1, 5], [3, 0, 2]])]
 
@@ -29,7 +29,7 @@ def by_complex_numbers(x: Any, positions: Any, base: float, rotated: int, interl
 @pytest.mark.parametrize("rotated, interleaved", [(6, False), (6, True), (4, False), (2, True)])
 def test_values_and_gradients_are_those_of_complex_multiplication(positions: Any, rotated: int, interleaved: bool) -> None:
     with jax.enable_x64(True):
-        x = jax.random.normal(jax.random.key(0), (2, 3, 2, 6), jnp.float64)
+        x = draw_normal(0, (2, 3, 2, 6), jnp.float64)
         ours, pull = jax.vjp(lambda x: rotary_embedding(x, positions, base=50.0, rotated_features=rotated, interleaved=interleaved), x)
         expected, expected_pull = jax.vjp(lambda x: by_complex_numbers(x, positions, 50.0, rotated, interleaved), x)
         assert_trees_close((ours, pull(jnp.cos(x))), (expected, expected_pull(jnp.cos(x))), rtol=0, atol=1e-10)
@@ -100,7 +100,7 @@ SCALINGS: dict[str, tuple[dict[str, Any], list[float], float]] = {
 def test_scaled_frequencies_are_those_of_transformers(name: str) -> None:
     scaling, frequencies, factor = SCALINGS[name]
     with jax.enable_x64(True):
-        x, positions = jax.random.normal(jax.random.key(0), (2, 3, 2, DIM), jnp.float64), jnp.array([0, 17, 300])
+        x, positions = draw_normal(0, (2, 3, 2, DIM), jnp.float64), jnp.array([0, 17, 300])
         ours, pull = jax.vjp(lambda x: rotary_embedding(x, positions, base=BASE, scaling=scaling), x)
         expected, expected_pull = jax.vjp(lambda x: by_frequencies(x, positions, frequencies, factor), x)
         assert_trees_close((ours, pull(jnp.cos(x))), (expected, expected_pull(jnp.cos(x))), rtol=0, atol=1e-10)
@@ -110,14 +110,14 @@ def test_scaled_frequencies_are_those_of_transformers(name: str) -> None:
 def test_frequencies_of_ones_own_are_those_that_scaling_computes(name: str) -> None:
     scaling, frequencies, _ = SCALINGS[name]
     with jax.enable_x64(True):
-        x = jax.random.normal(jax.random.key(0), (2, 3, 2, DIM), jnp.float64)
+        x = draw_normal(0, (2, 3, 2, DIM), jnp.float64)
         given = jax.jit(lambda f: rotary_embedding(x, frequencies=f))(jnp.array(frequencies))
         assert_trees_close(given, rotary_embedding(x, base=BASE, scaling=scaling), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_features_that_do_not_turn_are_not_touched(interleaved: bool) -> None:
-    x = jax.random.normal(jax.random.key(0), (1, 3, 2, DIM))
+    x = draw_normal(0, (1, 3, 2, DIM))
     scaling = {"rope_type": "proportional", "partial_rotary_factor": 0.25}
     still = jnp.arange(DIM) >= 8 if interleaved else jnp.arange(DIM) % (DIM // 2) >= 4
     run = lambda x: rotary_embedding(x, scaling=scaling, interleaved=interleaved)
@@ -129,7 +129,7 @@ def test_features_that_do_not_turn_are_not_touched(interleaved: bool) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"interleaved": True, "rotated_features": 4}, {"sections": (2, 1)}])
 def test_heads_may_come_first(options: dict[str, Any]) -> None:
-    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 6))
+    x = draw_normal(0, (2, 3, 4, 6))
     positions = jnp.array([[0, 1, 5], [3, 0, 2]])
     positions = jnp.stack([positions, positions[::-1]], -1) if "sections" in options else positions
     ours = rotary_embedding(jnp.swapaxes(x, 1, 2), positions, heads_first=True, **options)
@@ -138,7 +138,7 @@ def test_heads_may_come_first(options: dict[str, Any]) -> None:
 
 def test_positions_of_two_coordinates_turn_a_section_each() -> None:
     with jax.enable_x64(True):
-        x = jax.random.normal(jax.random.key(0), (2, 6, 2, 12), jnp.float64)
+        x = draw_normal(0, (2, 6, 2, 12), jnp.float64)
         rows, columns = jnp.repeat(jnp.arange(2), 3), jnp.tile(jnp.arange(3), 2)
         ours = rotary_embedding(x, jnp.stack([rows, columns], -1), base=50.0, sections=(4, 2))
         of_rows, of_columns = 50.0 ** -(jnp.arange(4) / 4), 50.0 ** -(jnp.arange(2) / 2)
@@ -150,7 +150,7 @@ def test_positions_of_two_coordinates_turn_a_section_each() -> None:
 def test_sections_of_one_spectrum_are_those_of_qwen2_vl() -> None:
     """Its text: all coordinates equal, so that a section changes nothing."""
     with jax.enable_x64(True):
-        x = jax.random.normal(jax.random.key(0), (2, 5, 2, 12), jnp.float64)
+        x = draw_normal(0, (2, 5, 2, 12), jnp.float64)
         positions = jnp.broadcast_to(jnp.arange(5)[:, None], (5, 3))
         spectrum = 10_000.0 ** -(jnp.arange(6) / 6)
         assert_trees_close(rotary_embedding(x, positions, sections=(1, 2, 3), frequencies=spectrum), rotary_embedding(x), rtol=0, atol=1e-12)

@@ -3,7 +3,9 @@
 import jax
 from flax import nnx
 
-X, KEY = jax.random.normal(jax.random.key(0), (2, 3, 4)), jax.random.key(1)
+from tests.support import draw_normal
+
+X, KEY = draw_normal(0, (2, 3, 4)), jax.random.key(1)
 
 CALLS = {
     "dropout": lambda: {"x": X, "key": KEY, "rate": 0.4, "broadcast_dims": (1,), "generator": "hash"},

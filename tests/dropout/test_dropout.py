@@ -8,7 +8,7 @@ from flax import nnx
 
 import layers
 from layers.core.hashing import hash_bits
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, draw_normal, jit_value_and_grad, saved_bytes, temp_bytes
 
 N = 1 << 18
 SIGMAS = 4.5
@@ -139,7 +139,7 @@ def test_words_do_not_repeat_after_2_to_the_32_indices(shape):
 @GENERATORS
 def test_gradient_has_the_mask_of_the_output(generator, broadcast_dims):
     with jax.enable_x64(True):
-        x, dy = (jax.random.normal(jax.random.key(i), (4, 5, 6), jnp.float64) for i in range(2))
+        x, dy = (draw_normal(i, (4, 5, 6), jnp.float64) for i in range(2))
         y, pull = jax.vjp(lambda x: layers.dropout(x, 7, rate=0.3, broadcast_dims=broadcast_dims, generator=generator), x)
         expected = np.where(np.asarray(y) != 0, np.asarray(dy) / 0.7, 0)
         np.testing.assert_allclose(pull(dy)[0], expected, rtol=1e-10)
@@ -193,7 +193,7 @@ def test_what_is_dropped_is_zero_whatever_it_was(bad):
 
 @pytest.mark.parametrize(("rate", "factor"), [(0, 1.0), (1, 0.0)])
 def test_rates_zero_and_one_have_finite_gradients(rate, factor):
-    y, dy = jax.value_and_grad(lambda x: layers.dropout(x, 0, rate=rate).sum())(jnp.ones(4))
+    y, dy = jit_value_and_grad(lambda x: layers.dropout(x, 0, rate=rate).sum())(jnp.ones(4))
     assert y == 4 * factor
     np.testing.assert_array_equal(dy, jnp.full(4, factor))
 
@@ -230,11 +230,11 @@ def test_wrong_arguments_are_named(call, error, message):
 
 @pytest.mark.parametrize("options", [{}, {"broadcast_dims": (1,)}, {"deterministic": True}, {"rng_collection": "noise"}], ids=str)
 def test_module_with_threefry_is_that_of_flax(options):
-    x = jax.random.normal(jax.random.key(0), (4, 5))
+    x = draw_normal(0, (4, 5))
     ours = layers.Dropout(0.4, rngs=nnx.Rngs(3, noise=4), generator="threefry", **options)
     theirs = nnx.Dropout(0.4, rngs=nnx.Rngs(3, noise=4), **options)
     for _ in range(2):
-        run = lambda m: jax.value_and_grad(lambda x: m(x).sum())(x) if m.deterministic else (m(x),)
+        run = lambda m: jit_value_and_grad(lambda x: m(x).sum())(x) if m.deterministic else (m(x),)
         assert_trees_close(run(ours), run(theirs), rtol=1e-6)
 
 

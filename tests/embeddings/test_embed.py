@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 
 import layers
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, draw_normal, jit_grad, saved_bytes, temp_bytes
 
 
 def table(shape=(7, 5), dtype=jnp.float32, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return draw_normal(seed, shape, dtype)
 
 
 @pytest.mark.parametrize("indices", [[[0, 3, 3], [6, 0, 3]], [-1, -7, 2], [], 4], ids=str)
@@ -53,7 +53,7 @@ def test_below_minus_vocab_is_nan_without_gradient():
 def test_gradient_of_a_bfloat16_table_is_summed_in_float32():
     """4096 ones: bfloat16 alone stops at 256."""
     count = 4096
-    gradient = jax.grad(lambda e: layers.embed(jnp.zeros(count, int), e).sum())(jnp.ones((3, 2), jnp.bfloat16))
+    gradient = jit_grad(lambda e: layers.embed(jnp.zeros(count, int), e).sum())(jnp.ones((3, 2), jnp.bfloat16))
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_array_equal(gradient[0].astype(jnp.float32), count)
 

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from layers.implicit.deq import DEQ
+from tests.support import draw_normal
 
 
 class Cell(nnx.Module):
@@ -84,7 +85,7 @@ def test_gradients_of_its_parameters_are_those_of_the_unrolled_layer():
         cell = Cell(3, 4, rngs=nnx.Rngs(0))
         graph, params, rest = nnx.split(cell, nnx.Param, ...)
         params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
-        x = jax.random.normal(jax.random.key(0), (2, 3), jnp.float64)
+        x = draw_normal(0, (2, 3), jnp.float64)
 
         def implicit(params):
             return jnp.sin(DEQ(nnx.merge(graph, params, rest, copy=True), tol=1e-13, backward_tol=1e-12)(x, jnp.zeros((2, 4)))).sum()
@@ -128,7 +129,7 @@ class Drawing(nnx.Module):
 
 @pytest.mark.parametrize("layer", [Attention, Drawing])
 def test_any_random_layer_has_other_noise_in_the_next_call(layer):
-    deq, x = DEQ(layer(nnx.Rngs(0))), jax.random.normal(jax.random.key(0), (2, 3, 4))
+    deq, x = DEQ(layer(nnx.Rngs(0))), draw_normal(0, (2, 3, 4))
     run = nnx.jit(lambda deq, x: deq(x, return_convergence=True))
     (first, convergence), (second, _) = run(deq, x), run(deq, x)
     assert convergence.converged and abs(first - second).max() > 1e-4

@@ -8,17 +8,17 @@ from jax.sharding import PartitionSpec as P
 
 from layers.implicit.argmin import argmin
 from layers.implicit.fixed_point import fixed_point
-from tests.support import assert_trees_close
+from tests.support import assert_trees_close, draw_normal, jit_value_and_grad
 
 TIGHT = {"tol": 1e-12, "backward_tol": 1e-12}
 
 
 def arguments(dtype=jnp.float64):
-    return jax.random.normal(jax.random.key(0), (3, 3), dtype) / 4, jax.random.normal(jax.random.key(1), (8, 3), dtype)
+    return draw_normal(0, (3, 3), dtype) / 4, draw_normal(1, (8, 3), dtype)
 
 
 def both(fn):
-    return jax.value_and_grad(lambda w, u: jnp.sum(jnp.sin(fn(w, u)) * jnp.arange(1.0, 4)), (0, 1))
+    return jit_value_and_grad(lambda w, u: jnp.sum(jnp.sin(fn(w, u)) * jnp.arange(1.0, 4)), (0, 1))
 
 
 def contraction(z, w, u):

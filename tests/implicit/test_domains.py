@@ -9,6 +9,7 @@ from layers.implicit import LBFGS, ConvergenceError
 from layers.implicit.argmin import argmin
 from layers.implicit.fixed_point import fixed_point
 from layers.implicit.root import root
+from tests.support import jit_grad
 
 LOG_ROOT = np.exp(-3.0)
 
@@ -19,7 +20,7 @@ def log_barrier(x):
 
 @pytest.mark.parametrize("solver", ["newton", "lbfgs"])
 def test_minimum_is_found_where_the_first_step_leaves_the_domain(solver):
-    x, convergence = argmin(log_barrier, jnp.array([3.0, 0.02]), solver=solver)
+    x, convergence = jax.jit(lambda x0: argmin(log_barrier, x0, solver=solver))(jnp.array([3.0, 0.02]))
     assert convergence.converged
     np.testing.assert_allclose(x, 1, rtol=1e-4)
 
@@ -34,13 +35,13 @@ def test_root_is_found_where_the_first_step_leaves_the_domain(solver):
 
 @pytest.mark.parametrize("solver", ["anderson", "newton"])
 def test_fixed_point_is_found_where_the_first_step_leaves_the_domain(solver):
-    x, convergence = fixed_point(lambda x: x - jnp.log(x) - 3, jnp.array([5.0]), solver=solver)
+    x, convergence = jax.jit(lambda x0: fixed_point(lambda x: x - jnp.log(x) - 3, x0, solver=solver))(jnp.array([5.0]))
     assert convergence.converged
     np.testing.assert_allclose(x, LOG_ROOT, rtol=1e-3)
 
 
 def test_each_of_a_batch_is_shortened_for_itself():
-    x, convergence = jax.vmap(lambda x0: argmin(log_barrier, x0))(jnp.array([3.0, 1.1, -1.0]))
+    x, convergence = jax.jit(jax.vmap(lambda x0: argmin(log_barrier, x0)))(jnp.array([3.0, 1.1, -1.0]))
     np.testing.assert_array_equal(convergence.converged, [True, True, False])
     np.testing.assert_allclose(x[:2], 1, rtol=1e-4)
 
@@ -65,7 +66,7 @@ UNSOLVED = {
 
 @pytest.mark.parametrize("name", UNSOLVED)
 def test_what_has_no_solution_is_never_converged(name):
-    assert not UNSOLVED[name]()[1].converged
+    assert not jax.jit(UNSOLVED[name])()[1].converged
 
 
 @pytest.mark.parametrize(
@@ -84,12 +85,14 @@ def test_error_says_why(solve, cause):
 @pytest.mark.parametrize("size", [1e30, 1e-15])
 def test_numbers_that_cannot_be_squared_are_solved_for(size):
     start = jnp.array([5.0, 1.0])
-    solves = (
-        root(lambda x: size * (x**3 - 8), start, tol=size * 1e-6),
-        argmin(lambda x: size * jnp.sum((x - 2) ** 2), start, tol=size * 1e-6),
-        argmin(lambda x: size * jnp.sum((x - 2) ** 2), start, tol=size * 1e-6, solver=LBFGS(4)),
-        fixed_point(lambda x: size * jnp.tanh(0.5 * x / size + 1), size * start, tol=min(size, 1) * 1e-6),
-    )
+    solves = jax.jit(
+        lambda: (
+            root(lambda x: size * (x**3 - 8), start, tol=size * 1e-6),
+            argmin(lambda x: size * jnp.sum((x - 2) ** 2), start, tol=size * 1e-6),
+            argmin(lambda x: size * jnp.sum((x - 2) ** 2), start, tol=size * 1e-6, solver=LBFGS(4)),
+            fixed_point(lambda x: size * jnp.tanh(0.5 * x / size + 1), size * start, tol=min(size, 1) * 1e-6),
+        )
+    )()
     for x, convergence in solves[:3]:
         assert convergence.converged
         np.testing.assert_allclose(x, 2, rtol=1e-5)
@@ -99,5 +102,5 @@ def test_numbers_that_cannot_be_squared_are_solved_for(size):
 
 @pytest.mark.parametrize("size", [1e38, 1e-30])
 def test_gradient_of_any_size_goes_through_the_linear_solve(size):
-    slope = jax.grad(lambda b: size * root(lambda x, b: 2 * x - b, jnp.array([1.0, 2.0]), b)[0].sum())(jnp.ones(2))
+    slope = jit_grad(lambda b: size * root(lambda x, b: 2 * x - b, jnp.array([1.0, 2.0]), b)[0].sum())(jnp.ones(2))
     np.testing.assert_allclose(slope, size / 2, rtol=1e-5)

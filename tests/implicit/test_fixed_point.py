@@ -14,14 +14,14 @@ from layers.implicit import CG, GMRES, Anderson, Broyden, ConvergenceError, Iter
 from layers.implicit.fixed_point import fixed_point
 from layers.implicit.linear import default_tolerance
 from layers.tools.cases.implicit import CASES
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, draw_normal, jit_grad, saved_bytes, temp_bytes
 
 TIGHT = {"tol": 1e-13, "backward_tol": 1e-12}
 PLAIN = TIGHT | {"solver": "iteration", "backward": "iteration"}
 
 
 def draw(seed, *shape, dtype=None):
-    return jax.random.normal(jax.random.key(seed), shape, dtype or jnp.float64)
+    return draw_normal(seed, shape, dtype or jnp.float64)
 
 
 def f(x, w, u):
@@ -97,9 +97,9 @@ def test_second_derivatives_are_those_of_the_unrolled_loop_in_every_order_of_mod
 def test_neumann_is_the_truncated_series_and_one_step_its_first_term():
     with jax.enable_x64(True):
         w, u = arguments()
-        z = solved(w, u)[0]
-        pull = jax.vjp(f, z, w, u)[1]
-        g = jax.grad(loss)(z)
+        z = jax.jit(solved)(w, u)[0]
+        pull = jax.jit(lambda g: jax.vjp(f, z, w, u)[1](g))
+        g = jit_grad(loss)(z)
         total = term = g
         terms = lambda method: gradients(lambda w, u: solved(w, u, solver="iteration", **method)[0], w, u)
         assert_trees_close(terms({"backward": OneStep()}), pull(total)[1:], rtol=1e-9, atol=1e-10)
@@ -115,7 +115,8 @@ def test_forward_mode_of_a_truncated_series_is_its_own_transpose():
         w, u = arguments()
         scalar = lambda w: loss(solved(w, u, backward="neumann", backward_steps=2)[0])
         v = draw(3, 5, 5)
-        np.testing.assert_allclose(jax.jvp(scalar, (w,), (v,))[1], jnp.vdot(jax.grad(scalar)(w), v), rtol=1e-9)
+        forward, reverse = jax.jit(lambda w: (jax.jvp(scalar, (w,), (v,))[1], jnp.vdot(jax.grad(scalar)(w), v)))(w)
+        np.testing.assert_allclose(forward, reverse, rtol=1e-9)
 
 
 def test_conjugate_gradients_solve_a_symmetric_problem():
@@ -129,7 +130,7 @@ def test_conjugate_gradients_solve_a_symmetric_problem():
 def test_starting_point_has_gradient_zero():
     with jax.enable_x64(True):
         w, u = arguments()
-        g = jax.grad(lambda x0: loss(fixed_point(f, x0, w, u)[0]))(jnp.ones_like(u))
+        g = jit_grad(lambda x0: loss(fixed_point(f, x0, w, u)[0]))(jnp.ones_like(u))
         assert not g.any()
 
 
@@ -172,7 +173,7 @@ def test_modules_get_their_gradients(solve):
         cell, u = Cell(nnx.Rngs(0)), arguments()[1]
         got = nnx.jit(nnx.grad(lambda cell, u: loss(solve(cell, u)[0])))(cell, u)
         kernel = cell.linear.kernel[...]
-        want = jax.grad(lambda k: loss(unrolled(k, u)))(kernel)
+        want = jit_grad(lambda k: loss(unrolled(k, u)))(kernel)
         np.testing.assert_allclose(got["linear"]["kernel"][...], want, rtol=1e-10, atol=1e-11)
 
 
@@ -196,7 +197,7 @@ def test_module_that_changes_its_state_may_be_f(method):
         z, convergence = fixed_point(module.step if method else module, jnp.zeros(8), u)
         return z.sum(), (z, convergence.converged)
 
-    grads, (z, converged) = nnx.grad(value, has_aux=True)(module)
+    grads, (z, converged) = nnx.jit(nnx.grad(value, has_aux=True))(module)
     assert converged and 0 < (jnp.abs(z - u) < 1e-6).sum() < 8
     assert jnp.isfinite(grads["scale"][...]) and grads["scale"][...] != 0
 
@@ -254,7 +255,7 @@ def test_batches_and_devices_give_the_gradients_of_each_element():
     with jax.enable_x64(True):
         w, u = arguments()
         us = jnp.stack([u, 0.1 * u])
-        grad = jax.grad(lambda w, u: loss(solved(w, u)[0]), (0, 1))
+        grad = jit_grad(lambda w, u: loss(solved(w, u)[0]), (0, 1))
         each = [jax.jit(grad)(w, u) for u in us]
         batched = jax.jit(jax.vmap(grad, (None, 0)))(w, us)
         assert_trees_close(batched, jax.tree.map(lambda *g: jnp.stack(g), *each), rtol=1e-10, atol=1e-11)
@@ -286,7 +287,7 @@ def test_solve_that_did_not_converge_is_flagged():
 def test_residual_is_that_of_the_returned_x(solver, max_steps):
     with jax.enable_x64(True):
         w, u = arguments()
-        z, convergence = solved(w, u, solver=solver, max_steps=max_steps, tol=1e-3)
+        z, convergence = jax.jit(partial(solved, solver=solver, max_steps=max_steps, tol=1e-3))(w, u)
         measure = vectors.rms([f(z, w, u) - z]) / (1 + vectors.rms([z]))
         np.testing.assert_allclose(convergence.residual, measure, rtol=1e-6)
 
@@ -295,8 +296,8 @@ def test_gradient_of_a_solve_that_did_not_converge_is_the_formula_at_the_last_x(
     with jax.enable_x64(True):
         g = lambda z, a: jnp.tanh(a * z + 1)
         solve = lambda a: fixed_point(g, jnp.float64(0.0), a, solver="iteration", max_steps=2, tol=1e-12)
-        slope, (z, convergence) = jax.grad(lambda a: (solve(a)[0], solve(a)), has_aux=True)(jnp.float64(0.9))
-        dz, da = jax.grad(g, (0, 1))(z, jnp.float64(0.9))
+        slope, (z, convergence) = jit_grad(lambda a: (solve(a)[0], solve(a)), has_aux=True)(jnp.float64(0.9))
+        dz, da = jit_grad(g, (0, 1))(z, jnp.float64(0.9))
         assert not convergence.converged
         np.testing.assert_allclose(slope, da / (1 - dz), rtol=1e-9)
 
@@ -349,27 +350,28 @@ def test_throw_raises_where_the_gradient_fails():
 def test_acceleration_solves_what_iteration_does_not():
     with jax.enable_x64(True):
         a = jnp.diag(jnp.array([-3.0, 0.5, -0.9])) + 0.1
-        run = lambda a, solver: fixed_point(lambda z: a @ z + 1, jnp.zeros(3), solver=solver, tol=1e-12)
+        run = jax.jit(lambda a, solver: fixed_point(lambda z: a @ z + 1, jnp.zeros(3), solver=solver, tol=1e-12), static_argnums=1)
         want = jnp.linalg.solve(jnp.eye(3) - a, jnp.ones(3))
         for solver in (Anderson(), Broyden()):
             np.testing.assert_allclose(run(a, solver)[0], want, rtol=1e-9)
         assert not run(a, Iteration())[1].converged
-        got = jax.grad(lambda a: run(a, "anderson")[0].sum())(a)
-        np.testing.assert_allclose(got, jax.grad(lambda a: jnp.linalg.solve(jnp.eye(3) - a, jnp.ones(3)).sum())(a), rtol=1e-8)
+        got = jit_grad(lambda a: run(a, "anderson")[0].sum())(a)
+        np.testing.assert_allclose(got, jit_grad(lambda a: jnp.linalg.solve(jnp.eye(3) - a, jnp.ones(3)).sum())(a), rtol=1e-8)
 
 
 @pytest.mark.parametrize("solver", ["anderson", "broyden", "iteration", "newton"])
 def test_solution_zero_and_a_start_at_the_solution_converge(solver):
-    z, convergence = fixed_point(lambda z, a: a * z, jnp.ones(4), jnp.float32(0.5), solver=solver)
+    solve = jax.jit(lambda x: fixed_point(lambda z, a: a * z, x, jnp.float32(0.5), solver=solver))
+    z, convergence = solve(jnp.ones(4))
     assert convergence.converged and abs(z).max() < 1e-4
-    z, convergence = fixed_point(lambda z, a: a * z, jnp.zeros(4), jnp.float32(0.5), solver=solver)
+    z, convergence = solve(jnp.zeros(4))
     assert convergence.converged and convergence.iterations <= 1 and not z.any()
 
 
 def test_zero_gradient_and_empty_batch_are_no_failure():
     w, u = arguments(jnp.float32)
-    assert not jax.grad(lambda w: 0 * fixed_point(f, jnp.zeros_like(u), w, u)[0].sum())(w).any()
-    grads = jax.grad(lambda w: fixed_point(f, jnp.zeros((0, 5)), w, u[:0])[0].sum())(w)
+    assert not jit_grad(lambda w: 0 * fixed_point(f, jnp.zeros_like(u), w, u)[0].sum())(w).any()
+    grads = jit_grad(lambda w: fixed_point(f, jnp.zeros((0, 5)), w, u[:0])[0].sum())(w)
     assert not grads.any()
 
 
@@ -399,7 +401,7 @@ def test_products_with_a_stack_are_those_with_each_vector(dtype):
 def test_steps_may_be_numpy_integers():
     options = {"max_steps": np.int64(30), "backward_steps": np.int64(30)}
     for backward in ("gmres", "cg", "iteration", "anderson", "neumann"):
-        assert jnp.isfinite(jax.grad(lambda a, b=backward: fixed_point(lambda z: a * z + 1, 0.0, backward=b, **options)[0])(0.5))
+        assert jnp.isfinite(jit_grad(lambda a, b=backward: fixed_point(lambda z: a * z + 1, 0.0, backward=b, **options)[0])(0.5))
 
 
 def test_start_is_cast_to_the_dtype_of_f():

@@ -1,10 +1,11 @@
 """Good calls of `linear`, for `tests/test_bad_input.py`."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-X, KERNEL = jax.random.normal(jax.random.key(0), (5, 3)), jax.random.normal(jax.random.key(1), (3, 4))
+from tests.support import draw_normal
+
+X, KERNEL = draw_normal(0, (5, 3)), draw_normal(1, (3, 4))
 
 CALLS = {
     "linear": lambda: {"x": X, "kernel": KERNEL, "bias": jnp.arange(4.0)},

@@ -8,7 +8,7 @@ from flax import nnx
 
 import layers
 from layers.linear.linear import LinearFunction
-from tests.support import assert_trees_close, saved_bytes, temp_bytes, torch_reference
+from tests.support import assert_trees_close, jit_grad, saved_bytes, temp_bytes, torch_reference
 
 
 def draw(dtype, *shapes):
@@ -87,7 +87,7 @@ def test_loop_over_layers_keeps_neither_a_transpose_nor_a_cast_of_the_kernels(op
 
 def test_real_kernel_under_complex_rows_has_the_real_gradient_of_autodiff():
     x, kernel, bias = draw(jnp.float32, (5, 3), (3, 4), (4,))
-    run = lambda fn: jax.grad(lambda x, *p: jnp.abs(fn(x, *p)).sum(), (0, 1, 2))(x * (1 + 0.5j), kernel, bias)
+    run = lambda fn: jit_grad(lambda x, *p: jnp.abs(fn(x, *p)).sum(), (0, 1, 2))(x * (1 + 0.5j), kernel, bias)
     assert_trees_close(run(layers.linear), run(lambda x, k, b: x @ k + b), rtol=1e-5, atol=1e-5)
 
 

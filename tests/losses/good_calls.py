@@ -1,13 +1,14 @@
 """Good calls of the losses, for `tests/test_bad_input.py`."""
 
-import jax
 import jax.numpy as jnp
+
+from tests.support import draw_normal
 
 LABELS = jnp.array([2, 6, 3, 0, 1])
 
 
 def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return draw_normal(seed, shape)
 
 
 def _options(**more):

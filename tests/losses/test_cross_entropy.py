@@ -13,7 +13,7 @@ from layers.losses import head
 from layers.losses.linear_cross_entropy import linear_cross_entropy
 from layers.losses.softmax_cross_entropy import softmax_cross_entropy
 from tests.losses import reference
-from tests.support import assert_trees_close, saved_bytes, temp_bytes, torch_reference
+from tests.support import assert_trees_close, draw_normal, jit_grad, jit_value_and_grad, saved_bytes, temp_bytes, torch_reference
 
 BATCH, FEATURES, VOCAB = (3, 5), 4, 7
 LABELS = jnp.array([[2, 6, -100, 2, 0], [1, 1, 5, -100, 6], [0, 3, 4, 2, 2]])
@@ -22,7 +22,7 @@ EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.05, "logit_soft_cap": 2.0, "cl
 
 
 def draw(seed, *shape, dtype=jnp.float64):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return draw_normal(seed, shape, dtype)
 
 
 def arguments(batch=BATCH, features=FEATURES, vocab=VOCAB, dtype=jnp.float64):
@@ -113,7 +113,7 @@ def test_forward_mode_and_second_derivatives_are_those_of_plain_code(loss, reduc
 
         def both(loss, **more):
             scalar = lambda *a: jnp.sin(3 * loss(*a, LABELS[0], **options, **more)).sum()
-            gradient = jax.grad(scalar, (0, 1, 2))
+            gradient = jit_grad(scalar, (0, 1, 2))
             inner = lambda *a: sum((g * t).sum() for g, t in zip(gradient(*a), tangents, strict=True))
             return reference.jit_quickly(
                 lambda *a: (jax.jvp(scalar, a, tangents)[1], jax.jvp(gradient, a, tangents)[1], jax.grad(inner, (0, 1, 2))(*a))
@@ -173,7 +173,7 @@ def test_logits_are_never_whole_in_memory(shape, share, reduction):
     args = (jax.ShapeDtypeStruct(s, d) for s, d in (((rows, features), jnp.float32), ((features, vocab), jnp.float32), ((rows,), jnp.int32)))
     x, kernel, labels = args
     ours = lambda x, k, y: linear_cross_entropy(x, k, y, reduction=reduction).mean()
-    programs = [jax.value_and_grad(f, (0, 1)) for f in (ours, optax_style)]
+    programs = [jit_value_and_grad(f, (0, 1)) for f in (ours, optax_style)]
     ours, theirs = (temp_bytes(p, x, kernel, labels) for p in programs)
     assert ours <= share * theirs
     if reduction == "none":
@@ -204,7 +204,7 @@ def test_error_against_float64_is_not_above_that_of_autodiff(reduction, dtype, v
 def test_error_of_the_gradient_of_logits_is_not_above_that_of_autodiff(dtype):
     logits, labels = (3 * draw(1, 64, 3000, dtype=jnp.float32)).astype(dtype), jnp.arange(64)
     with jax.enable_x64(True):
-        exact = jax.grad(reference.cross_entropy)(logits.astype(jnp.float64), labels)
+        exact = jit_grad(reference.cross_entropy)(logits.astype(jnp.float64), labels)
         ours, theirs = (relative_error(jax.jit(jax.grad(f))(logits, labels), exact) for f in (softmax_cross_entropy, reference.cross_entropy))
     assert ours <= 1.01 * theirs
 
@@ -266,7 +266,7 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_infinite_logits_give_the_limit_and_finite_gradients(name):
     logits, label, value, gradient = ROWS[name]
-    found = jax.value_and_grad(softmax_cross_entropy)(jnp.array([logits]), jnp.array([label]))
+    found = jit_value_and_grad(softmax_cross_entropy)(jnp.array([logits]), jnp.array([label]))
     np.testing.assert_allclose(found[0], value, rtol=1e-6)
     np.testing.assert_allclose(found[1], [gradient], rtol=1e-6)
 
@@ -274,7 +274,7 @@ def test_infinite_logits_give_the_limit_and_finite_gradients(name):
 def test_weight_of_zero_outweighs_an_infinite_loss():
     logits = jnp.array([[0.0, -INF, 1.0]])
     for options in ({"class_weights": jnp.array([1.0, 0.0, 1.0]), "label_smoothing": 0.1}, {"ignore_index": 1}):
-        value, gradient = jax.value_and_grad(partial(softmax_cross_entropy, reduction="sum", **options))(logits, jnp.array([1]))
+        value, gradient = jit_value_and_grad(partial(softmax_cross_entropy, reduction="sum", **options))(logits, jnp.array([1]))
         assert jnp.isfinite(value)
         assert jnp.isfinite(gradient).all()
 
@@ -294,7 +294,7 @@ def test_one_row_without_a_batch_axis():
 
 
 def test_class_weights_are_constants():
-    gradient = jax.grad(lambda w: softmax_cross_entropy(draw(1, 15, VOCAB, dtype=jnp.float32), LABELS.reshape(-1), class_weights=w))(WEIGHTS)
+    gradient = jit_grad(lambda w: softmax_cross_entropy(draw(1, 15, VOCAB, dtype=jnp.float32), LABELS.reshape(-1), class_weights=w))(WEIGHTS)
     np.testing.assert_array_equal(gradient, jnp.zeros(VOCAB))
 
 
@@ -310,7 +310,7 @@ def test_data_parallel_devices_give_the_gradients_of_one(loss, options):
     specs = (P("data"), P(), P(), P("data"))
     local = lambda *a: jax.lax.psum(loss(*a, block_size=4, **options).sum(), "data")
     shared = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
-    one = jax.value_and_grad(lambda *a: loss(*a, labels, **options).sum(), (0, 1, 2))
+    one = jit_value_and_grad(lambda *a: loss(*a, labels, **options).sum(), (0, 1, 2))
     assert_trees_close(jax.jit(jax.value_and_grad(lambda *a: shared(*a, labels), (0, 1, 2)))(*args), one(*args), rtol=1e-5, atol=1e-6)
     placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((*args, labels), specs, strict=True)]
     program = jax.jit(jax.value_and_grad(lambda *a: loss(*a, block_size=4, **options).sum(), (0, 1, 2)))

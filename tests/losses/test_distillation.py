@@ -11,14 +11,14 @@ from layers.losses.linear_dpo import linear_dpo
 from layers.losses.linear_jsd import linear_jsd
 from layers.losses.linear_kl_divergence import linear_kl_divergence
 from tests.losses import reference
-from tests.support import assert_trees_close, temp_bytes
+from tests.support import assert_trees_close, draw_normal, jit_grad, jit_value_and_grad, temp_bytes
 
 BATCH, FEATURES, TEACHER_FEATURES, VOCAB = (3, 5), 4, 2, 7
 MASK = jnp.array([[True] * 5, [True, False, True, True, False], [False] * 4 + [True]])
 
 
 def draw(seed, *shape, dtype=jnp.float64):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return draw_normal(seed, shape, dtype)
 
 
 def arguments(batch=BATCH, dtype=jnp.float64):
@@ -84,7 +84,7 @@ def test_forward_mode_and_second_derivatives_are_those_of_plain_code(reduction):
 def test_logits_of_neither_model_are_whole_in_memory(reduction):
     shapes = (2048, 256), (256, 16000), (2048, 512), (512, 16000)
     args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
-    loss = lambda fn: jax.value_and_grad(lambda *a: fn(*a).mean(), (0, 1))
+    loss = lambda fn: jit_value_and_grad(lambda *a: fn(*a).mean(), (0, 1))
     whole = lambda x, k, tx, tk: reference.jensen_shannon(x @ k, tx @ tk, beta=0.5)
     assert temp_bytes(loss(partial(linear_jsd, reduction=reduction)), *args) <= 0.12 * temp_bytes(loss(whole), *args)
 
@@ -92,7 +92,7 @@ def test_logits_of_neither_model_are_whole_in_memory(reduction):
 def test_equal_models_have_no_divergence_and_no_gradient():
     x, kernel, bias, *_ = arguments(dtype=jnp.float32)
     for beta in (0, 0.5, 1):
-        value, gradients = jax.value_and_grad(lambda x, k, b, beta=beta: linear_jsd(x, k, x, k, b, b, beta=beta), (0, 1, 2))(x, kernel, bias)
+        value, gradients = jit_value_and_grad(lambda x, k, b, beta=beta: linear_jsd(x, k, x, k, b, b, beta=beta), (0, 1, 2))(x, kernel, bias)
         assert_trees_close((value, gradients), jax.tree.map(jnp.zeros_like, (value, gradients)), rtol=0, atol=1e-6)
 
 
@@ -162,7 +162,7 @@ def test_dpo_returns_rewards_as_constants():
         args, *labels = dpo_arguments()
         found = [f(*args, labels=tuple(labels), return_rewards=True, reduction="sum") for f in (ours_dpo, plain_dpo)]
         assert_trees_close(*found, rtol=1e-10)
-        gradient = jax.grad(lambda x: sum(ours_dpo(x, *args[1:], labels=tuple(labels), return_rewards=True)[1]))(args[0])
+        gradient = jit_grad(lambda x: sum(ours_dpo(x, *args[1:], labels=tuple(labels), return_rewards=True)[1]))(args[0])
         np.testing.assert_array_equal(gradient, jnp.zeros_like(gradient))
 
 

@@ -12,7 +12,7 @@ from layers.losses.linear_jsd import linear_jsd
 from layers.losses.linear_kl_divergence import linear_kl_divergence
 from layers.losses.softmax_cross_entropy import softmax_cross_entropy
 from tests.losses.reference import jit_quickly
-from tests.support import assert_trees_close
+from tests.support import assert_trees_close, draw_normal, jit_value_and_grad
 
 ROWS, FEATURES, VOCAB = 5, 3, 4
 HIDDEN = jnp.array([False, True, False, False, True])
@@ -21,7 +21,7 @@ IGNORED, EVERY = jnp.where(HIDDEN, -100, LABELS), {"label_smoothing": 0.1, "z_lo
 
 
 def draw(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return draw_normal(seed, shape)
 
 
 def spoiled(x, number):
@@ -80,7 +80,7 @@ def test_hidden_row_of_which_nothing_is_used_has_no_gradient_though_its_logsumex
         rows, more = loss(*args, reduction="none", block_size=2, **{option: True})
         return rows.sum() + jnp.where(HIDDEN, 0, more).sum()
 
-    given, expected = (jit_quickly(jax.value_and_grad(total, tuple(range(len(args)))))(spoiled(args[0], n), *args[1:]) for n in (jnp.nan, 0.0))
+    given, expected = (jit_quickly(jit_value_and_grad(total, tuple(range(len(args)))))(spoiled(args[0], n), *args[1:]) for n in (jnp.nan, 0.0))
     assert_trees_close(given, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -107,11 +107,11 @@ def test_zero_tangent_of_a_label_outweighs_an_infinite_bias():
 @pytest.mark.parametrize("loss", [linear_jsd, partial(linear_jsd, beta=1.0), linear_kl_divergence])
 def test_huge_logits_and_a_temperature_give_the_right_divergence_when_compiled(loss, temperature):
     a, b = (1e9 * draw(i, 8, 5) for i in (0, 1))
-    run = jax.value_and_grad(lambda a: loss(a, jnp.eye(5), b, jnp.eye(5), temperature=temperature, reduction="none").sum())
+    run = jit_value_and_grad(lambda a: loss(a, jnp.eye(5), b, jnp.eye(5), temperature=temperature, reduction="none").sum())
     value, gradient = jax.jit(run)(a)
     with jax.enable_x64(True):
         a, b = (x.astype(jnp.float64) for x in (a, b))
-        exact = jax.value_and_grad(lambda a: loss(a, jnp.eye(5), b, jnp.eye(5), temperature=temperature, reduction="none").sum())(a)
+        exact = jit_value_and_grad(lambda a: loss(a, jnp.eye(5), b, jnp.eye(5), temperature=temperature, reduction="none").sum())(a)
         value_of, gradient_of = np.asarray(exact[0]), np.asarray(exact[1])
     np.testing.assert_allclose(value, value_of, rtol=1e-5)
     np.testing.assert_allclose(gradient, gradient_of, rtol=1e-5, atol=1e-5 * np.abs(gradient_of).max())

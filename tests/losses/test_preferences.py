@@ -9,7 +9,7 @@ import pytest
 
 from layers.losses.linear_dpo import linear_dpo
 from tests.losses import reference
-from tests.support import assert_trees_close, temp_bytes
+from tests.support import assert_trees_close, draw_normal, jit_value_and_grad, temp_bytes
 
 PAIRS, FEATURES, VOCAB = 4, 3, 6
 CHOSEN_LABELS = jnp.array([[-100, 2, 3, 2, 1], [-100, -100, 0, 5, 5], [1, 1, 0, -100, -100], [4, 2, 2, 0, 3]])
@@ -20,7 +20,7 @@ PAIR_WEIGHTS = jnp.array([1, 0, 2, 3])
 
 def arrays():
     shapes = (PAIRS, 5, FEATURES), (PAIRS, 3, FEATURES), (FEATURES, VOCAB), (VOCAB,), (PAIRS, 5, 2), (PAIRS, 3, 2), (2, VOCAB)
-    return [jax.random.normal(jax.random.key(i), s, jnp.float64) for i, s in enumerate(shapes)]
+    return [draw_normal(i, s, jnp.float64) for i, s in enumerate(shapes)]
 
 
 def sequence_log_prob(logits, labels, weights, average):
@@ -105,7 +105,7 @@ def test_losses_and_gradients_are_those_of_trl(name):
     options, filled_in = CASES[name]
     with jax.enable_x64(True):
         args = arrays()
-        run = lambda f, **o: reference.jit_quickly(jax.value_and_grad(partial(f, **o), tuple(range(7))))(*args)
+        run = lambda f, **o: reference.jit_quickly(jit_value_and_grad(partial(f, **o), tuple(range(7))))(*args)
         assert_trees_close(run(ours, **options), run(plain, **options, **filled_in), rtol=1e-10, atol=1e-11)
 
 
@@ -120,8 +120,8 @@ def test_log_probabilities_of_the_reference_may_be_computed_before(loss_type):
             log_probs = dict(zip(("reference_chosen_log_probs", "reference_rejected_log_probs"), before, strict=True))
             return linear_dpo(cx, rx, kernel, CHOSEN_LABELS, REJECTED_LABELS, bias=bias, loss_type=loss_type, beta=0.3, **log_probs)
 
-        found = jax.value_and_grad(given, (0, 1))(cx, before)
-        expected = jax.value_and_grad(lambda x: ours(x, *arrays()[1:], loss_type=loss_type))(cx)
+        found = jit_value_and_grad(given, (0, 1))(cx, before)
+        expected = jit_value_and_grad(lambda x: ours(x, *arrays()[1:], loss_type=loss_type))(cx)
         assert_trees_close((found[0], found[1][0]), expected, rtol=1e-10, atol=1e-12)
         assert not any(g.any() for g in found[1][1])
 

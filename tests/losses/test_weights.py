@@ -13,7 +13,7 @@ from layers.losses.linear_jsd import linear_jsd
 from layers.losses.linear_kl_divergence import linear_kl_divergence
 from layers.losses.softmax_cross_entropy import softmax_cross_entropy
 from tests.losses import reference
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, draw_normal, jit_grad, saved_bytes, temp_bytes
 
 BATCH, FEATURES, VOCAB = (3, 4), 2, 5
 LABELS = jnp.array([[0, 1, -100, 3], [4, 4, 2, 1], [-100, 0, 3, 2]])
@@ -27,7 +27,7 @@ MASKS = {
 
 
 def draw(seed, *shape, dtype=jnp.float64):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return draw_normal(seed, shape, dtype)
 
 
 def linear(x, kernel, bias, **options):
@@ -161,7 +161,7 @@ def test_entropy_of_certain_and_of_uniform_rows_is_exact_and_has_a_finite_gradie
     logits = jnp.array([[0.0, -jnp.inf, -jnp.inf], [jnp.inf, 0.0, 1.0], [1e30, 0.0, -1e30], [0.0, 0.0, 0.0], [3.0, 3.0, -jnp.inf]])
     entropy = lambda a: softmax_cross_entropy(a, jnp.zeros(5, int), return_entropy=True, reduction="none")[1]
     np.testing.assert_allclose(entropy(logits), [0, 0, 0, np.log(3), np.log(2)], rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(lambda a: entropy(a).sum())(logits), np.zeros((5, 3)), atol=1e-7)
+    np.testing.assert_allclose(jit_grad(lambda a: entropy(a).sum())(logits), np.zeros((5, 3)), atol=1e-7)
 
 
 def test_entropy_takes_one_number_a_row_and_never_the_logits():

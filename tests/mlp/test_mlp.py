@@ -11,7 +11,7 @@ from flax import nnx
 from layers.core.elementwise import ACTIVATIONS
 from layers.mlp.gated_mlp import GatedMLP, gated_mlp
 from layers.mlp.mlp import MLP, mlp
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, draw_normal, jit_grad, saved_bytes, temp_bytes
 
 JAX_NN = {
     "gelu": jax.nn.gelu,
@@ -86,7 +86,7 @@ def test_gate_takes_any_activation(activation):
 @BOTH
 def test_forward_mode_and_second_derivatives_are_those_of_autodiff(name, save):
     def second(fn, args):
-        first = jax.grad(lambda *a: loss(fn(*a)), tuple(range(len(args))))
+        first = jit_grad(lambda *a: loss(fn(*a)), tuple(range(len(args))))
         dot = lambda *a: sum((g * jnp.cos(x)).sum() for g, x in zip(first(*a), a, strict=True))
         return jax.jvp(lambda *a: loss(fn(*a)), args, args)[1], jax.grad(dot, (0, 1))(*args)
 
@@ -106,7 +106,7 @@ def test_error_is_not_above_that_of_autodiff(name, save, dtype):
     """
     shapes = {"mlp": ((32, 96), (96, 32)), "gated_mlp": ((32, 96), (32, 96), (96, 32))}[name]
     args = tuple((a / (1 if i == 0 else 6)).astype(dtype) for i, a in enumerate(draw(((640, 32), *shapes))))
-    dy = jax.random.normal(jax.random.key(9), (640, 32)).astype(dtype)
+    dy = draw_normal(9, (640, 32)).astype(dtype)
 
     def run(fn, *args):
         y, pull = jax.vjp(fn, *args)
@@ -159,7 +159,7 @@ def test_fused_gate_kernel_is_both_kernels_and_is_saved_as_it_is(save, biased):
     assert_trees_close(gradients(one, (x, fused, down)), gradients(two, (x, fused, down)), rtol=1e-5, atol=1e-5)
     assert saved_bytes(one, x, fused, down) <= (2 * 6 * 7 * 4 if save == "preactivations" else 0) + (bias.nbytes if biased else 0)
     if biased:
-        dbias = lambda fn: jax.grad(lambda b: loss(fn(b)))(bias)
+        dbias = lambda fn: jit_grad(lambda b: loss(fn(b)))(bias)
         expected = dbias(lambda b: gated_mlp(x, gate, up, down, *jnp.split(b, 2), save=save))
         np.testing.assert_allclose(dbias(lambda b: gated_mlp(x, fused, None, down, b, save=save)), expected, rtol=1e-4, atol=1e-5)
 

@@ -13,7 +13,7 @@ from layers.mlp.gated_mlp import GatedMLP, gated_mlp
 from layers.mlp.mlp import MLP, mlp
 from layers.norms.rms_norm import RMSNorm, rms_norm
 from tests.mlp.test_mlp import BOTH, OURS, PLAIN, SAVE, SHAPES, abstract, draw, gradients, plain_gated_mlp
-from tests.support import assert_trees_close, saved_bytes
+from tests.support import assert_trees_close, draw_normal, jit_grad, saved_bytes
 
 
 def plain_norm(x, scale, epsilon=1e-6):
@@ -44,7 +44,7 @@ def test_values_and_gradients_with_a_norm_are_those_of_autodiff_in_float64(name,
 def test_gradient_of_one_argument_with_a_norm_is_that_among_all(argnums):
     args = draw(((5, 3), (3,), *SHAPES["mlp"]))
     fn = lambda *a: jnp.sin(normed("mlp", block_size=2)(*a)).sum()
-    np.testing.assert_allclose(jax.grad(fn, argnums)(*args), jax.grad(fn, (0, 1, 2))(*args)[argnums], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jit_grad(fn, argnums)(*args), jit_grad(fn, (0, 1, 2))(*args)[argnums], rtol=1e-5, atol=1e-6)
 
 
 def test_row_of_zeros_without_epsilon_has_the_output_of_rms_norm_and_finite_gradients():
@@ -61,7 +61,7 @@ def test_row_of_zeros_without_epsilon_has_the_output_of_rms_norm_and_finite_grad
 def test_error_with_a_norm_is_not_above_that_of_autodiff_in_bfloat16(save):
     shapes = ((640, 32), (32,), (32, 96), (32, 96), (96, 32))
     args = tuple((a / (6 if a.ndim == 2 and i else 1)).astype(jnp.bfloat16) for i, a in enumerate(draw(shapes)))
-    dy = jax.random.normal(jax.random.key(9), (640, 32)).astype(jnp.bfloat16)
+    dy = draw_normal(9, (640, 32)).astype(jnp.bfloat16)
 
     def run(fn, *args):
         y, pull = jax.vjp(fn, *args)

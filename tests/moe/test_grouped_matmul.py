@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from layers.moe.grouped_matmul import GroupedMatmulFunction, grouped_matmul
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, draw_normal, jit_grad, jit_value_and_grad, saved_bytes, temp_bytes
 
 SIZES = {
     "uneven": [3, 0, 5, 1, 2],
@@ -20,7 +20,7 @@ SIZES = {
 
 
 def draw(dtype=jnp.float64):
-    return tuple(jax.random.normal(jax.random.key(i), s, dtype) for i, s in enumerate([(11, 4), (5, 4, 3), (11, 3)]))
+    return tuple(draw_normal(i, s, dtype) for i, s in enumerate([(11, 4), (5, 4, 3), (11, 3)]))
 
 
 def plain(x, kernels, sizes):
@@ -55,7 +55,7 @@ def test_second_derivatives_and_forward_mode_are_those_of_one_product_a_row():
 
         def all_orders(fn):
             loss = lambda x, k: (jnp.sin(fn(x, k, sizes)) * dy).sum()
-            slope = lambda x, k: sum((g**2).sum() for g in jax.grad(loss, (0, 1))(x, k))
+            slope = lambda x, k: sum((g**2).sum() for g in jit_grad(loss, (0, 1))(x, k))
             return jax.grad(slope, (0, 1))(x, kernels), jax.jvp(loss, (x, kernels), (x, kernels)), jax.jvp(slope, (x, kernels), (x, kernels))
 
         ours, theirs = (jax.jit(lambda f=f: all_orders(f))() for f in (grouped_matmul, plain))
@@ -85,7 +85,7 @@ def test_rows_and_kernels_of_no_group_are_never_touched():
 def test_no_rows_groups_or_features_are_zero(shape):
     x, kernels = (jnp.ones(s) for s in shape)
     sizes = jnp.full(len(kernels), 2)
-    dx, dkernels = jax.grad(lambda x, k: grouped_matmul(x, k, sizes).sum(), (0, 1))(x, kernels)
+    dx, dkernels = jit_grad(lambda x, k: grouped_matmul(x, k, sizes).sum(), (0, 1))(x, kernels)
     assert grouped_matmul(x, kernels, sizes).shape == (len(x), 3) and dx.shape == x.shape and dkernels.shape == kernels.shape
     assert not grouped_matmul(x, kernels, sizes).any()
 
@@ -106,7 +106,7 @@ def test_devices_multiply_their_own_rows():
     run = jax.jit(jax.shard_map(grouped_matmul, mesh=mesh, in_specs=(P("rows"), P(), P("rows")), out_specs=P("rows")))
     loss = lambda k: (run(xs, k, sizes) ** 2).sum()
     one = lambda k: 8 * (grouped_matmul(x, k, sizes[:5]) ** 2).sum()
-    assert_trees_close(jax.value_and_grad(loss)(kernels), jax.value_and_grad(one)(kernels), rtol=1e-5)
+    assert_trees_close(jit_value_and_grad(loss)(kernels), jit_value_and_grad(one)(kernels), rtol=1e-5)
 
 
 def test_devices_may_share_the_sizes():
@@ -116,7 +116,7 @@ def test_devices_may_share_the_sizes():
     run = jax.jit(jax.shard_map(grouped_matmul, mesh=mesh, in_specs=(P("rows"), P(), P()), out_specs=P("rows")))
     loss = lambda k: (run(jnp.tile(x, (8, 1)), k, sizes) ** 2).sum()
     one = lambda k: 8 * (grouped_matmul(x, k, sizes) ** 2).sum()
-    assert_trees_close(jax.value_and_grad(loss)(kernels), jax.value_and_grad(one)(kernels), rtol=1e-5)
+    assert_trees_close(jit_value_and_grad(loss)(kernels), jit_value_and_grad(one)(kernels), rtol=1e-5)
 
 
 # Memory

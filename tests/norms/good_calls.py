@@ -1,11 +1,12 @@
 """Good calls of the normalisations, for `tests/test_bad_input.py`."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-X, RESIDUAL = jax.random.normal(jax.random.key(0), (2, 2, 3, 6))
-SCALE, BIAS = jax.random.normal(jax.random.key(1), (2, 6))
+from tests.support import draw_normal
+
+X, RESIDUAL = draw_normal(0, (2, 2, 3, 6))
+SCALE, BIAS = draw_normal(1, (2, 6))
 
 
 def module(call=(), **options):

@@ -11,7 +11,7 @@ from flax import nnx
 import layers
 from layers.core import roots
 from layers.norms import statistics
-from tests.support import assert_trees_close
+from tests.support import assert_trees_close, draw_normal, jit_grad, jit_value_and_grad
 
 ROWS = {
     "rms_norm": layers.rms_norm,
@@ -41,7 +41,7 @@ def test_huge_rows_are_normalised_as_in_float64(name, accelerator, monkeypatch):
 def test_huge_rows_are_normalised_in_blocks_too(monkeypatch):
     monkeypatch.setattr(statistics, "BLOCK_BYTES", 4 * 4 * 2)
     scale = jnp.ones(4)
-    dscale = jax.grad(lambda s: (layers.layer_norm(HUGE, s) * jnp.arange(4.0)).sum())(scale)
+    dscale = jit_grad(lambda s: (layers.layer_norm(HUGE, s) * jnp.arange(4.0)).sum())(scale)
     monkeypatch.undo()
     np.testing.assert_allclose(dscale, (layers.layer_norm(HUGE) * jnp.arange(4.0)).sum(0), rtol=1e-5)
 
@@ -69,7 +69,7 @@ MODULES = {
 @pytest.mark.parametrize("name", MODULES)
 def test_what_is_masked_is_never_touched(name, hidden):
     """Where the gradient of masked outputs is zero: neither a value beside them nor a gradient depends on what is hidden."""
-    x = jax.random.normal(jax.random.key(1), (3, 5, 6))
+    x = draw_normal(1, (3, 5, 6))
     mask = jnp.ones((3, 5, 6), bool).at[0, 1, 2].set(False).at[2, 4, ::2].set(False).at[:, 0].set(False)
     module = MODULES[name](rngs=nnx.Rngs(0))
 
@@ -85,14 +85,14 @@ def test_what_is_masked_is_never_touched(name, hidden):
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
 def test_mask_of_zeros_and_ones_is_one_of_bool(dtype):
-    x, mask = jax.random.normal(jax.random.key(1), (3, 6)), jnp.arange(18).reshape(3, 6) % 3 != 1
+    x, mask = draw_normal(1, (3, 6)), jnp.arange(18).reshape(3, 6) % 3 != 1
     module = layers.LayerNorm(6, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(module(x, mask=mask.astype(dtype)), module(x, mask=mask))
 
 
 def test_scale_offset_is_a_larger_scale():
-    x, residual, scale = jax.random.normal(jax.random.key(1), (3, 4, 6))
-    run = lambda fn: jax.value_and_grad(lambda x, s: jnp.sin(fn(x, s)).sum(), (0, 1))(x, scale[0])
+    x, residual, scale = draw_normal(1, (3, 4, 6))
+    run = lambda fn: jit_value_and_grad(lambda x, s: jnp.sin(fn(x, s)).sum(), (0, 1))(x, scale[0])
     assert_trees_close(run(partial(layers.rms_norm, scale_offset=1)), run(lambda x, s: layers.rms_norm(x, 1 + s)), rtol=1e-6, atol=1e-6)
     fused = lambda offset, x, s: sum(layers.add_rms_norm(x, residual, s, scale_offset=offset))
     assert_trees_close(run(partial(fused, 1.0)), run(lambda x, s: fused(0.0, x, 1 + s)), rtol=1e-6, atol=1e-6)
@@ -100,17 +100,17 @@ def test_scale_offset_is_a_larger_scale():
 
 def test_small_scale_beside_its_offset_is_not_rounded_away_in_half_precision():
     x, scale = jnp.ones(6, jnp.bfloat16), jnp.full(6, 1e-3, jnp.bfloat16)
-    np.testing.assert_array_equal(jax.grad(lambda s: layers.rms_norm(x, s, scale_offset=1.0).sum())(scale), jnp.ones(6, jnp.bfloat16))
+    np.testing.assert_array_equal(jit_grad(lambda s: layers.rms_norm(x, s, scale_offset=1.0).sum())(scale), jnp.ones(6, jnp.bfloat16))
     assert statistics.factor(scale, 1.0).dtype == jnp.float32
 
 
 def test_module_with_an_offset_starts_as_one_without():
-    module, x = layers.RMSNorm(6, scale_offset=1.0, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (3, 6))
+    module, x = layers.RMSNorm(6, scale_offset=1.0, rngs=nnx.Rngs(0)), draw_normal(1, (3, 6))
     np.testing.assert_array_equal(module.scale[...], jnp.zeros(6))
     np.testing.assert_allclose(module(x), layers.RMSNorm(6, rngs=nnx.Rngs(0))(x), rtol=1e-6)
 
 
 def test_epsilon_may_be_traced():
-    x = jax.random.normal(jax.random.key(1), (3, 6))
+    x = draw_normal(1, (3, 6))
     for fn in ROWS.values():
         np.testing.assert_allclose(jax.jit(lambda x, e, fn=fn: fn(x, epsilon=e))(x, 1e-3), fn(x, epsilon=1e-3), rtol=1e-6)

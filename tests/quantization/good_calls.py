@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-X, BOOK, KERNEL = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 4, 3), (6, 3), (3, 5)]))
+from tests.support import draw_normal
+
+X, BOOK, KERNEL = (draw_normal(i, shape) for i, shape in enumerate([(2, 4, 3), (6, 3), (3, 5)]))
 MASK = jnp.array([[True, True, False, True], [True, False, True, True]])
 
 

@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 from layers.quantization import codebook as shared
 from layers.quantization.residual_vector_quantize import ResidualVectorQuantizeFunction, residual_vector_quantize
 from layers.quantization.vector_quantize import VectorQuantizeFunction, VectorQuantizer, vector_quantize
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, draw_normal, jit_grad, jit_value_and_grad, saved_bytes, temp_bytes
 
 
 def draw(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return draw_normal(seed, shape, dtype)
 
 
 def brute_force(x, codebook):
@@ -263,7 +263,7 @@ def test_module_adds_the_losses_and_learns_by_gradient():
     expected = vector_quantize(x, module.embedding[...])
     assert_trees_close((y, indices, loss), (*expected[:2], expected[2].codebook + 0.5 * expected[2].commitment), rtol=1e-6)
     grads = nnx.grad(lambda m: m(x)[2])(module)
-    assert_trees_close(grads.embedding[...], jax.grad(lambda c: vector_quantize(x, c)[2].codebook)(module.embedding[...]), rtol=1e-6)
+    assert_trees_close(grads.embedding[...], jit_grad(lambda c: vector_quantize(x, c)[2].codebook)(module.embedding[...]), rtol=1e-6)
 
 
 def test_moving_average_follows_the_paper():
@@ -334,7 +334,7 @@ def test_rotation_and_straight_through_agree_where_the_vector_is_its_code():
 
 
 def test_revived_codes_stay_alive_while_they_are_chosen():
-    rows = jax.random.normal(jax.random.key(0), (512, 2))
+    rows = draw_normal(0, (512, 2))
     model = VectorQuantizer(8, 2, ema=True, threshold_ema_dead_code=2.0, rngs=nnx.Rngs(0))
     step = nnx.jit(lambda m, x: m(x)[1])
     for _ in range(10):
@@ -400,7 +400,7 @@ def test_padding_is_never_touched(name, bad):
         real = y[MASK] if options else y
         return (jnp.sin(jnp.arange(real.size)).reshape(real.shape) * real).sum() + sum(jnp.sum(a) for a in losses), (y, indices, losses)
 
-    run = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    run = jit_value_and_grad(loss, (0, 1), has_aux=True)
     (value, (y, indices, losses)), (dx, dcodebook) = jax.jit(partial(run, mask=MASK))(x, codebook)
     (expected, (y_real, indices_real, losses_real)), (dx_real, dcodebook_real) = jax.jit(run)(real, codebook)
     assert_trees_close((value, y[MASK], losses), (expected, y_real, losses_real), rtol=1e-5)

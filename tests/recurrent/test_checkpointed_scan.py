@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from layers.recurrent.checkpointed_scan import checkpointed_scan, checkpointed_while, segment_sizes
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, jit_grad, jit_value_and_grad, saved_bytes, temp_bytes
 
 W = jnp.arange(9.0).reshape(3, 3) / 10
 
@@ -38,7 +38,7 @@ def test_values_and_gradients_are_those_of_scan(length, budget, reverse):
 
 def test_eager_calls_and_python_numbers_are_taken():
     f = lambda c, _: (c * 1.01, c)
-    mine, theirs = (jax.value_and_grad(lambda x, s=s: s(f, x, None, length=9)[1].sum())(2.0) for s in (checkpointed_scan, jax.lax.scan))
+    mine, theirs = (jit_value_and_grad(lambda x, s=s: s(f, x, None, length=9)[1].sum())(2.0) for s in (checkpointed_scan, jax.lax.scan))
     assert_trees_close(mine, theirs, rtol=1e-6)
 
 
@@ -58,7 +58,7 @@ def test_dtypes_and_weak_types_are_those_of_scan(budget):
 
 def test_dtypes_and_weak_types_are_those_of_scan_where_it_is_differentiated():
     xs = jnp.ones(13, jnp.bfloat16)
-    aux = lambda scan: jax.grad(lambda x: (scan(mixed, MIXED, x)[1][0].astype(jnp.float32).sum(), scan(mixed, MIXED, x)), has_aux=True)(xs)
+    aux = lambda scan: jit_grad(lambda x: (scan(mixed, MIXED, x)[1][0].astype(jnp.float32).sum(), scan(mixed, MIXED, x)), has_aux=True)(xs)
     mine, theirs = aux(checkpointed_scan), aux(jax.lax.scan)
     typed = lambda tree: [(x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
     assert typed(mine) == typed(theirs)
@@ -206,14 +206,14 @@ def test_while_under_vmap_ends_each_element_on_its_own():
     steps, _ = jax.jit(jax.vmap(f))(a.astype(jnp.float32))
     assert len(set(steps.tolist())) == 3
     grads = jax.jit(jax.vmap(jax.grad(lambda a: f(a)[1])))(a)
-    np.testing.assert_allclose(grads, [jax.grad(by_hand)(x, 1.0, int(n)) for x, n in zip(a, steps, strict=True)], rtol=1e-3)
+    np.testing.assert_allclose(grads, [jit_grad(by_hand)(x, 1.0, int(n)) for x, n in zip(a, steps, strict=True)], rtol=1e-3)
 
 
 def test_while_under_vmap_is_not_touched_by_what_the_body_is_after_an_element_has_ended():
     """x -> x - √x w ends at or before 0, where √ has no derivative; the first element has ended before its first step, at a state below 0."""
 
     def value_and_grads(x, w):
-        return jax.value_and_grad(lambda x, w: checkpointed_while(lambda x: x > 0, lambda x: x - jnp.sqrt(x) * w, x, max_steps=9, budget=7), (0, 1))(
+        return jit_value_and_grad(lambda x, w: checkpointed_while(lambda x: x > 0, lambda x: x - jnp.sqrt(x) * w, x, max_steps=9, budget=7), (0, 1))(
             x, w
         )
 
@@ -226,7 +226,7 @@ def test_while_under_vmap_is_not_touched_by_what_the_body_is_after_an_element_ha
 
 @pytest.mark.parametrize("max_steps", [0, 3])
 def test_while_stops_at_the_bound(max_steps):
-    x, slope = jax.value_and_grad(lambda x: checkpointed_while(lambda x: True, lambda x: 2 * x, x, max_steps=max_steps))(jnp.float32(1.5))
+    x, slope = jit_value_and_grad(lambda x: checkpointed_while(lambda x: True, lambda x: 2 * x, x, max_steps=max_steps))(jnp.float32(1.5))
     assert (x, slope) == (1.5 * 2**max_steps, 2**max_steps)
 
 

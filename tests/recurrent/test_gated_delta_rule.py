@@ -11,7 +11,7 @@ from layers.core.machine import compiling_for
 from layers.recurrent import chunks
 from layers.recurrent.gated_delta_rule import gated_delta_rule
 from tests.recurrent.cells import draw as normal
-from tests.support import assert_trees_close, temp_bytes
+from tests.support import assert_trees_close, jit_grad, temp_bytes
 
 
 def draw(length=11, heads=2, features=3, values=4, dtype=jnp.float64, batch=2):
@@ -114,7 +114,7 @@ def test_no_time_and_no_batch(length, batch):
     assert out.shape == (batch, length, 2, 4)
     if not length:
         np.testing.assert_array_equal(last, s)
-    assert jax.grad(loss(ours))(*rows, s).shape == rows[0].shape
+    assert jit_grad(loss(ours))(*rows, s).shape == rows[0].shape
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

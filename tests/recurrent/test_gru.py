@@ -12,7 +12,7 @@ from layers.check.gradcheck import gradcheck
 from layers.recurrent.gru import GRU, gru
 from layers.recurrent.rnn import RNN
 from tests.recurrent.cells import draw, loss, module_results, quick_compilation, results, short_chunks
-from tests.support import assert_trees_close, torch_reference
+from tests.support import assert_trees_close, jit_grad, torch_reference
 
 __all__ = ["quick_compilation"]
 
@@ -126,7 +126,7 @@ def test_nothing_in_the_padding_reaches_a_tangent():
 def test_no_time_and_no_batch_have_zero_gradients(shape):
     _, w, r, b, *_ = arguments(dtype=jnp.float32)
     assert gru(jnp.zeros(shape), w, r, b)[0].shape == (*shape[:2], HIDDEN)
-    assert all(not g.any() for g in jax.grad(lambda *a: loss(gru(*a)), (0, 1, 2, 3))(jnp.zeros(shape), w, r, b))
+    assert all(not g.any() for g in jit_grad(lambda *a: loss(gru(*a)), (0, 1, 2, 3))(jnp.zeros(shape), w, r, b))
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import layers
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, jit_grad, saved_bytes, temp_bytes
 
 
 def draw(shape, dtype, seed=0):
@@ -55,7 +55,7 @@ def test_reverse_is_the_flipped_recurrence():
 def test_short_sequences(length):
     a, b = draw((length, 3), jnp.float32)
     np.testing.assert_array_equal(layers.linear_recurrence(a, b), b)
-    assert jax.grad(lambda a: layers.linear_recurrence(a, b).sum())(a).shape == a.shape
+    assert jit_grad(lambda a: layers.linear_recurrence(a, b).sum())(a).shape == a.shape
 
 
 def test_saves_nothing_beyond_arguments_and_output():

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from layers.recurrent.mamba import Mamba
-from tests.support import assert_trees_close
+from tests.support import assert_trees_close, draw_normal
 
 
 def by_formula(block, inputs):
@@ -31,7 +31,7 @@ def by_formula(block, inputs):
 def test_values_and_gradients_are_those_of_the_formula():
     with jax.enable_x64(True):
         block = Mamba(6, d_state=4, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
-        x = jax.random.normal(jax.random.key(1), (2, 19, 6), jnp.float64)
+        x = draw_normal(1, (2, 19, 6), jnp.float64)
         graph, state = nnx.split(block)
 
         def run(fn):
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_the_formula():
 
 def test_decoding_step_by_step_gives_the_whole_sequence():
     block = Mamba(6, d_state=4, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (2, 7, 6))
+    x = draw_normal(1, (2, 7, 6))
     outs, run = [], nnx.jit(lambda block, x, state: block(x, state, return_state=True))
     whole, last = run(block, x, None)
     out, state = run(block, x[:, :2], None)

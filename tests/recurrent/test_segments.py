@@ -16,7 +16,7 @@ import layers.linen
 from layers.recurrent import selective_scan as selective_scan_module
 from layers.recurrent import short_convolution as short_convolution_module
 from tests.recurrent.cells import draw, loss, quick_compilation, short_chunks
-from tests.support import assert_trees_close, temp_bytes
+from tests.support import assert_trees_close, jit_grad, temp_bytes
 
 __all__ = ["quick_compilation"]
 
@@ -119,7 +119,7 @@ def program(run):
 
     def everything(rows, weights):
         args = rows, weights
-        grads, out = jax.grad(lambda *args: (loss(out := run(*args)), out), (0, 1), has_aux=True)(*args)
+        grads, out = jit_grad(lambda *args: (loss(out := run(*args)), out), (0, 1), has_aux=True)(*args)
         return out, grads, jax.jvp(run, args, jax.tree.map(jnp.cos, args))[1]
 
     return jax.jit(everything)
@@ -186,7 +186,7 @@ def test_batch_may_be_that_of_vmap_or_lie_on_several_devices(name):
         mesh = Mesh(np.array(jax.devices()[:BATCH]), "data")
         spread = jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P("data"))
         gradient = jax.jit(
-            lambda rows, weights, ids: jax.grad(lambda *args: (loss(out := spread(*args, ids)), out), (0, 1), has_aux=True)(rows, weights)
+            lambda rows, weights, ids: jit_grad(lambda *args: (loss(out := spread(*args, ids)), out), (0, 1), has_aux=True)(rows, weights)
         )
         grads, out = gradient(rows, weights, ids)
         expected_out, expected_grads, _ = expected(name)

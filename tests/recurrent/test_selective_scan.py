@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from layers.recurrent.selective_scan import CHUNK, selective_scan
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, jit_grad, saved_bytes, temp_bytes
 
 
 def draw(length=2 * CHUNK + 3, batch=2, features=3, state=4, dtype=jnp.float64):
@@ -92,7 +92,7 @@ def test_forward_mode_and_second_derivatives_are_those_of_the_loop():
             f = loss(run)
             slope = jax.jvp(f, (x,), (v,))[1]
             over = jax.jvp(jax.grad(f), (x,), (v,))[1]
-            twice = jax.grad(lambda x: sum(jnp.vdot(g, w) for g, w in zip(jax.tree.leaves(jax.grad(f)(x)), jax.tree.leaves(v), strict=True)))(x)
+            twice = jit_grad(lambda x: sum(jnp.vdot(g, w) for g, w in zip(jax.tree.leaves(jax.grad(f)(x)), jax.tree.leaves(v), strict=True)))(x)
             return slope, over, twice
 
         assert_trees_close(jax.jit(lambda: both(ours))(), jax.jit(lambda: both(naive))(), rtol=1e-8, atol=1e-9)
@@ -115,7 +115,7 @@ def test_empty_sequence_returns_the_initial_state():
     y, last = ours(**x)
     assert y.shape == (2, 0, 3)
     np.testing.assert_array_equal(last, x["initial_state"])
-    assert jax.grad(loss(ours))(x)["A"].shape == (3, 4)
+    assert jit_grad(loss(ours))(x)["A"].shape == (3, 4)
 
 
 def test_huge_step_sizes_and_rates_have_finite_gradients():

@@ -12,7 +12,7 @@ from layers.recurrent import chunks
 from layers.recurrent.selective_scan import selective_scan
 from layers.recurrent.state_space_dual import state_space_dual
 from tests.recurrent.cells import draw as normal
-from tests.support import assert_trees_close, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, jit_grad, saved_bytes, temp_bytes
 
 PLAIN = ("x", "dt", "A", "B", "C")
 
@@ -124,7 +124,7 @@ def test_no_time_and_no_batch(length, batch):
     assert y.shape == x["x"].shape
     if not length:
         np.testing.assert_array_equal(last, x["initial_state"])
-    assert jax.grad(lambda x: loss(ours)(x)[0])(x)["A"].shape == (4,)
+    assert jit_grad(lambda x: loss(ours)(x)[0])(x)["A"].shape == (4,)
 
 
 @pytest.mark.parametrize("kind", ["strong", "forgets", "keeps", "huge"])

@@ -1,10 +1,11 @@
 """Good calls of `reversible`, for `tests/test_bad_input.py`."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-X1, X2, X = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(3, 4), (3, 4), (3, 6)]))
+from tests.support import draw_normal
+
+X1, X2, X = (draw_normal(i, shape) for i, shape in enumerate([(3, 4), (3, 4), (3, 6)]))
 
 
 def pair(rngs):

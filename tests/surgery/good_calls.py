@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-X = jax.random.normal(jax.random.key(0), (3, 4))
+from tests.support import draw_normal
+
+X = draw_normal(0, (3, 4))
 
 
 CALLS = {

@@ -9,6 +9,7 @@ import pytest
 
 import layers
 from layers.surgery.clip_gradient import ClipGradientFunction
+from tests.support import jit_grad
 
 X = jnp.array([[-2.0, -0.5, 0.0], [0.25, 1.0, 3.0]])
 DY = jnp.array([[1.0, -2.0, 0.5], [0.0, 4.0, -0.25]])
@@ -51,7 +52,7 @@ def test_pytrees_keep_structure_and_integers(fn):
     out = fn(TREE)
     assert jax.tree.structure(out) == jax.tree.structure(TREE)
     assert out["b"][1].dtype == TREE["b"][1].dtype
-    grads = jax.grad(lambda t: jnp.sum(fn(t)["a"] * DY) + jnp.sum(fn(t)["b"][0]), allow_int=True)(TREE)
+    grads = jit_grad(lambda t: jnp.sum(fn(t)["a"] * DY) + jnp.sum(fn(t)["b"][0]), allow_int=True)(TREE)
     assert grads["a"].shape == X.shape
 
 
@@ -94,11 +95,11 @@ def test_straight_through_of_a_function_that_changes_shape_is_an_error():
 
 def test_straight_through_of_a_tuple():
     ste = layers.straight_through(lambda t: (jnp.round(t[0]), t[1]))
-    np.testing.assert_array_equal(jax.grad(lambda x: ste((x, 3))[0].sum())(X), jnp.ones_like(X))
+    np.testing.assert_array_equal(jit_grad(lambda x: ste((x, 3))[0].sum())(X), jnp.ones_like(X))
 
 
 def test_what_a_straight_through_function_closes_over_gets_no_gradient():
-    ds, dx = jax.grad(lambda s, x: layers.straight_through(lambda v: jnp.round(v / s) * s)(x).sum(), (0, 1))(0.5, X)
+    ds, dx = jit_grad(lambda s, x: layers.straight_through(lambda v: jnp.round(v / s) * s)(x).sum(), (0, 1))(0.5, X)
     assert ds == 0
     np.testing.assert_array_equal(dx, jnp.ones_like(X))
 
@@ -123,7 +124,7 @@ def test_replaced_gradient_of_several_arguments_and_outputs():
 @pytest.mark.parametrize("number", [3, 3.0, True, np.float32(3)])
 def test_replaced_gradient_goes_past_numbers(number):
     step = layers.replace_gradient(lambda d, k: jnp.sign(d["x"]) * k, lambda d, k: jnp.tanh(d["x"]) * k)
-    dx = jax.grad(lambda x: step({"x": x, "none": None, "two": 2}, k=number).sum())(X)
+    dx = jit_grad(lambda x: step({"x": x, "none": None, "two": 2}, k=number).sum())(X)
     np.testing.assert_allclose(dx, number * (1 - jnp.tanh(X) ** 2), rtol=1e-5)
 
 
@@ -131,7 +132,7 @@ def test_replaced_gradient_of_a_named_tuple():
     pair = collections.namedtuple("pair", "y count")
     step = layers.replace_gradient(lambda x: pair(jnp.sign(x), 1), lambda x: pair(jnp.tanh(x), 1))
     assert isinstance(step(X), pair)
-    np.testing.assert_allclose(jax.grad(lambda x: step(x).y.sum())(X), 1 - jnp.tanh(X) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(jit_grad(lambda x: step(x).y.sum())(X), 1 - jnp.tanh(X) ** 2, rtol=1e-5)
 
 
 def test_replaced_gradient_of_other_shapes_is_an_error():
@@ -161,7 +162,7 @@ def test_a_leaf_that_is_no_array_is_an_error():
 
 @pytest.mark.parametrize("size", [1e20, 1e-25])
 def test_norm_of_a_gradient_that_cannot_be_squared_is_right(size):
-    given = jax.grad(lambda x: jnp.sum(layers.clip_gradient(x, max_norm=1.0) * size))(jnp.ones(4))
+    given = jit_grad(lambda x: jnp.sum(layers.clip_gradient(x, max_norm=1.0) * size))(jnp.ones(4))
     np.testing.assert_allclose(given, jnp.full(4, min(0.5, size)), rtol=1e-6)
 
 
