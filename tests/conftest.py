@@ -21,6 +21,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jax
 import pytest
 
+from tests import contexts
+
 OPTIMIZED = ("tests.activations", "tests.core.test_transforms", "tests.losses.test_cross_entropy", "tests.tools")
 """Modules and packages that are compiled as users compile: they run long, or compare the last bit of float32 with that of NumPy or another program.
 
@@ -30,7 +32,9 @@ and with either of its emitters.
 
 
 MEMORY = 3 * 2**29
-"""Bytes a worker may hold after a test before it drops what JAX keeps: every program that was compiled, a megabyte and a half each."""
+"""Bytes a worker may hold after a test before it drops what JAX keeps: every program that was compiled."""
+
+contexts.share()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -64,6 +68,7 @@ def pytest_collection_finish():
 def pytest_runtest_teardown(item, nextitem):
     if nextitem is None or nextitem.path != item.path or _resident() > MEMORY:
         jax.clear_caches()
+        contexts.renew()
         gc.collect()
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what is freed
         if trim:
