@@ -418,7 +418,8 @@ def _analytical(p: _Problem, outputs: list[Any], pull: Fn, directions: Any, more
     row, width = _row(p, outputs, pull), sum(map(_width, p.inputs))
     if directions is None:
         whole = sum(map(_width, outputs))
-        return tuple(np.split(_for_each(row, np.concatenate([np.eye(whole), more]), width), [whole]))
+        rows = _for_each(row, np.concatenate([np.eye(whole), more]), width)
+        return rows[:whole], rows[whole:]
     left, right = directions
     return _for_each(row, left, width) @ right.T, np.zeros((0, width))
 
