@@ -48,7 +48,7 @@ class Rows(NamedTuple):
         return cls(
             _losses(z, softmax, targets, class_weights, options),
             softmax,
-            _hits(a, targets) if options.return_accuracy else None,
+            _hits(a, softmax, targets) if options.return_accuracy else None,
             softmax.entropy(z, options.temperature) if options.return_entropy else None,
             _rank(z, targets) if options.return_rank else None,
         )
@@ -167,16 +167,17 @@ def _losses(z: jax.Array, softmax: Softmax, targets: Targets, class_weights: jax
     return loss
 
 
-def _hits(a: jax.Array, targets: Targets) -> jax.Array:
-    """What a row counts, if its largest logit is that of its target, else 0; NaN for a label that is no class."""
+def _hits(a: jax.Array, softmax: Softmax, targets: Targets) -> jax.Array:
+    """What a row counts, if its largest logit is that of its target and none is NaN, else 0; NaN for a label that is no class."""
     wanted = targets.classes if targets.indexed else targets.classes.argmax(-1)
-    return lax.stop_gradient(targets.counted * (a.argmax(-1) == wanted))
+    return lax.stop_gradient(targets.counted * ((a.argmax(-1) == wanted) & ~jnp.isnan(softmax.largest)))
 
 
 def _rank(z: jax.Array, targets: Targets) -> jax.Array:
-    """How many classes have a larger score than the target; -1 for a row that does not count."""
+    """How many classes have a larger score than the target, or one that is NaN; all others where its own is; -1 for a row that does not count."""
     of_class = jnp.take_along_axis(z, targets.classes[:, None], axis=1)
-    return jnp.where(targets.counted == 0, -1, (z > of_class).sum(-1, dtype=jnp.int32))
+    above = jnp.minimum((~(z <= of_class)).sum(-1, dtype=jnp.int32), z.shape[1] - 1)
+    return jnp.where(targets.counted == 0, -1, above)
 
 
 def _uniform(a: jax.Array, class_weights: jax.Array | None, s: Any) -> jax.Array:

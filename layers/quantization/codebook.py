@@ -3,7 +3,8 @@
 Padding    A row that is masked out has the index -1: that alone is kept of a mask.
 Nearest    argmin_k |x - e_k|² = argmin_k |e_k|² - 2 x·e_k, for blocks of rows, so that the (rows, codes) matrix is never whole. Both are moved by
            the mean code first, so that codes that lie together far from the origin lose no digits; groups far from each other still do, in
-           proportion to their distance. The mean is rounded to 8 bits: on a grid the differences stay exact, and so do ties.
+           proportion to their distance. The mean is rounded to 8 bits: on a grid the differences stay exact, and so do ties. Codes so large or
+           small that their squares overflow or underflow are scaled by a power of 2, and the rows with them.
 Rotation   With x̂ = x / |x|, q̂ = q / |q| and r = (x̂ + q̂) / |x̂ + q̂|, the map R = I - 2 r rᵀ + 2 q̂ x̂ᵀ turns x̂ into q̂, and q = λ R x, λ = |q| / |x|.
            Its transpose, with λ and R held, is dx = λ (dy - 2 r (r·dy) + 2 x̂ (q̂·dy)). Where x is 0 there is no direction: dx = dy.
 
@@ -53,20 +54,36 @@ def nearest(x: jax.Array, codebook: jax.Array) -> jax.Array:
     """
     dtype = wide(jnp.promote_types(x.dtype, codebook.dtype))
     codes = codebook.astype(dtype)
-    centre = lax.reduce_precision(codes.mean(0), exponent_bits=8, mantissa_bits=7)
+    centre = lax.reduce_precision(codes.mean(0), exponent_bits=jnp.finfo(dtype).nexp, mantissa_bits=7)
     codes = codes - centre
+    unit = _unit(jnp.abs(codes).max())
+    codes = codes * unit
     squares = jnp.square(codes).sum(-1)
     count = len(codes)
     broken = jnp.argmax(~jnp.isfinite(codebook).all(-1)).astype(jnp.int32)
 
     def index(rows: jax.Array) -> jax.Array:
-        scores = squares - 2 * einsum("rf,cf->rc", rows.astype(dtype) - centre, codes, precision=lax.Precision.HIGHEST)
+        scores = squares - 2 * einsum("rf,cf->rc", (rows.astype(dtype) - centre) * unit, codes, precision=lax.Precision.HIGHEST)
         least = scores.min(-1, keepdims=True)
         first = jnp.where(scores == least, jnp.arange(count, dtype=jnp.int32), count).min(-1)
         return jnp.where(first == count, broken, first)
 
     block = block_size(x.shape[0], max(LEAST_ROWS, choose(BLOCK_BYTES, FAR_BLOCK_BYTES) // (dtype.itemsize * count)))
     return map_blocks(index, x, block=block)
+
+
+def _unit(largest: jax.Array) -> jax.Array:
+    """A power of 2 that makes the largest entry about 1, where its square or those of much smaller ones are not normal numbers; else 1."""
+    info = jnp.finfo(largest.dtype)
+    safe = jnp.clip(largest, 2.0 ** (info.minexp + 2), 2.0 ** (info.maxexp - 4))
+    power = lax.reduce_precision(1 / safe, exponent_bits=info.nexp, mantissa_bits=0)
+    far = (largest > 2.0 ** (info.maxexp // 4)) | ((largest < 2.0 ** (info.minexp // 4)) & (largest > 0))
+    return jnp.where(far, power, jnp.ones((), largest.dtype))
+
+
+def shows_nan(x: jax.Array, q: jax.Array) -> jax.Array:
+    """The codes `q` of the vectors `x`, NaN where these are: an index has no way to say so."""
+    return jnp.where(jnp.isnan(x), x, q.astype(x.dtype))
 
 
 def codes_at(codebook: jax.Array, indices: jax.Array) -> jax.Array:

@@ -36,6 +36,7 @@ from layers.quantization.codebook import (
     mean_square,
     nearest_but_padding,
     pull_back,
+    shows_nan,
     without_padding,
 )
 from layers.quantization.vector_quantize import QuantizationLosses
@@ -54,7 +55,7 @@ class ResidualVectorQuantizeFunction(Function):
         chosen = jnp.stack(indices, -1)
         ctx.save_for_backward(x, codebooks, chosen)
         total = _kept(_total(codebooks, chosen, rest.dtype), indices[-1], ctx.masked)
-        return total.astype(x.dtype), chosen, jnp.stack(losses), jnp.stack(losses)
+        return _kept(shows_nan(x, total), indices[-1], ctx.masked), chosen, jnp.stack(losses), jnp.stack(losses)
 
     @staticmethod
     def backward(ctx, dy, _, dcodebook_losses, dcommitments):

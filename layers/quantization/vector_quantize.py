@@ -39,6 +39,7 @@ from layers.quantization.codebook import (
     mean_square,
     nearest_but_padding,
     pull_back,
+    shows_nan,
     without_padding,
 )
 from layers.quantization.moving_codebook import MovingAverage
@@ -68,7 +69,7 @@ class VectorQuantizeFunction(Function):
         ctx.gradient, ctx.masked = gradient, mask is not None
         x, q = _pairs(x, codebook, indices, ctx.masked)
         loss = mean_square(_difference(x, q), indices)
-        return q.astype(x.dtype), indices, loss, loss
+        return shows_nan(x, q), indices, loss, loss
 
     @staticmethod
     def backward(ctx, dy, _, dcodebook_loss, dcommitment):
@@ -136,7 +137,7 @@ def vector_quantize(
         x: vectors.
         codebook: the codes.
         mask: True for vectors, False for padding, which may hold anything, NaN too: it comes back as 0 with the index -1, has no part in the
-            losses, and gets the gradient 0.
+            losses, and gets the gradient 0. NaN in other vectors comes back.
         gradient: how the gradient of the quantised vectors comes back to `x`: "straight_through", as it is; or "rotation", turned and
             scaled as the vector is to its code. The codebook gets no gradient from them.
 

@@ -10,6 +10,7 @@ import pytest
 from layers.losses.linear_cross_entropy import linear_cross_entropy
 from layers.losses.linear_jsd import linear_jsd
 from layers.losses.linear_kl_divergence import linear_kl_divergence
+from layers.losses.linear_log_prob import linear_log_prob
 from layers.losses.softmax_cross_entropy import softmax_cross_entropy
 from tests.losses.reference import jit_quickly
 from tests.support import assert_trees_close, draw_normal, jit_value_and_grad
@@ -125,3 +126,11 @@ def test_huge_logits_give_finite_gradients_when_they_are_computed_twice(cap):
     assert jnp.isfinite(value)
     assert all(jnp.isfinite(g).all() for g in gradients)
     assert jnp.abs(gradients[2]).max() <= 64 / 1e9
+
+
+def test_row_with_nan_is_no_hit_and_its_label_not_the_best():
+    logits, labels = jnp.array([[jnp.nan, 1.0, 2.0], [0.5, jnp.nan, 0.1], [1.0, 5.0, 2.0]]), jnp.array([0, 0, 1])
+    hits = softmax_cross_entropy(logits, labels, reduction="none", return_accuracy=True)[1]
+    np.testing.assert_array_equal(hits, [0, 0, 1])
+    rank = linear_log_prob(jnp.array([[1.0], [jnp.nan]]), jnp.array([[0.0, 1.0, 2.0]]), jnp.array([2, 2]), return_rank=True)[1]
+    np.testing.assert_array_equal(rank, [0, 2])

@@ -462,3 +462,20 @@ def test_devices_with_padding_of_their_own_keep_the_codebook_of_all_vectors():
     kept = [jax.tree.leaves(nnx.filter_state(s, nnx.BatchStat)) for s in (state, nnx.state(whole))]
     for ours, theirs in zip(*kept, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("power", [-100, -60, 0, 60, 100])
+def test_nearest_code_is_the_same_at_every_scale(power):
+    x, codebook = jax.random.normal(jax.random.key(0), (9, 3)), jax.random.normal(jax.random.key(1), (6, 3))
+    scale = jnp.float32(2.0**power)
+    find = jax.jit(lambda x, c: (vector_quantize(x, c)[1], residual_vector_quantize(x, jnp.stack([c, c / 4]))[1]))
+    assert_trees_close(find(x * scale, codebook * scale), find(x, codebook), rtol=0)
+    assert len(set(find(x, codebook)[0].tolist())) > 2
+
+
+def test_nan_of_a_vector_is_seen_in_its_code():
+    x, codebook = jnp.array([[1.0, jnp.nan], [0.0, 1.0]]), jnp.array([[0.0, 1.0], [2.0, 0.0]])
+    for q in (vector_quantize(x, codebook)[0], residual_vector_quantize(x, [codebook])[0]):
+        assert jnp.isnan(q[0]).any() and jnp.isfinite(q[1]).all()
+    q = vector_quantize(x, codebook, mask=jnp.array([False, True]))[0]
+    np.testing.assert_array_equal(q, [[0, 0], [0, 1]])
