@@ -18,8 +18,8 @@ class Implementations:
     """Which way each call of a function goes; prints as a table, shows as HTML in a notebook.
 
     Attributes:
-        decisions: one for each call of a layer that can be computed in several ways, in the order in which they are traced: its `layer`, the `call`
-            in words, what is `chosen`, and the reason `against` each other way by name.
+        decisions: one for each call of a layer that can be computed in several ways, in the order in which they are traced: its `layer`, what is
+            known of the `call`, what is `chosen`, and the reason `against` each other way by name.
     """
 
     def __init__(self, title: str, decisions: Sequence[Decision]):
@@ -44,7 +44,7 @@ class Implementations:
     def _cells(self) -> list[tuple[str, ...]]:
         rows = []
         for d in self.decisions:
-            rows.append((d.layer, d.call, d.chosen, "runs"))
+            rows.append((d.layer, f"{d.call.dtype}, {d.call.shape_class}", d.chosen, "runs"))
             rows += [("", "", name, reason) for name, reason in d.against.items()]
         return rows
 

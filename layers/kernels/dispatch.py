@@ -62,7 +62,7 @@ class Decision:
     """Which way a call goes, and the reason against each other one that there is."""
 
     layer: str
-    call: str
+    call: Call
     chosen: str
     against: Mapping[str, str] = field(default_factory=dict)
 
@@ -101,7 +101,7 @@ def decide(layer: str, call: Call, kernels: Mapping[str, Kernel], place: Place, 
     others = {name: reason for name, reason in others.items() if name != chosen}
     if chosen != XLA:
         others[XLA] = f"{chosen} was verified to be faster" if asked is None else f"{asked} is asked for"
-    return Decision(layer, f"{call.dtype}, {call.shape_class}", chosen, others)
+    return Decision(layer, call, chosen, others)
 
 
 def _why_not_unasked(layer: str, name: str, call: Call, place: Place) -> str | None:

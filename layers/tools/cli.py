@@ -49,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--checkpoint-every", type=_number(int, 1), metavar="STEPS", help="100 by default")
     train.add_argument("--out", type=_folder, help="folder for checkpoints, metrics and plot; runs/TASK by default")
     train.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in the folder, with the options of that run")
+    verify = commands.add_parser("verify", help="find out which kernels are right and fast on this machine, and that all layers are right")
+    verify.add_argument("name", nargs="*", help="layers to run, as their files are called, such as rms_norm; all by default")
+    verify.add_argument("--minutes", type=_number(float, 0, strict=True), default=5, help="after which nothing more is begun; 5 by default")
+    verify.add_argument("--json", type=Path, help="file of the table; that which layers choose by, by default")
     bench = commands.add_parser("bench", help="measure on this machine")
     bench.add_argument("name", nargs="*", help="rows to run: function, or the name of a layer; all by default")
     bench.add_argument("--rounds", type=_number(int, 0), default=5, help="timed runs of each; 0 compiles only")
@@ -60,6 +64,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    if options.command == "verify":
+        from layers.tools import verify
+
+        try:
+            return verify.main(options.name, minutes=options.minutes, path=options.json)
+        except (OSError, ValueError, ModuleNotFoundError) as error:
+            parser().error(str(error))
     if options.command == "bench":
         from layers.tools import bench
 

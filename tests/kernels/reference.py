@@ -15,6 +15,7 @@ class FakeCudnn:
     def forward(self, q, k, v, bias, lengths, *, scale, causal, window):
         self.calls.append("forward")
         self.batches.append(q.shape[0])
+        given, (q, k, v, bias) = q.dtype, _wide(q, k, v, bias)
         s = _scores(q, k, bias, lengths, scale, causal, window)
         largest = s.max(-1, keepdims=True)
         p = jnp.exp(s - largest)
@@ -24,11 +25,12 @@ class FakeCudnn:
         if lengths is not None:
             beyond = jnp.arange(q.shape[1]) >= lengths[0][:, None]
             out, lse = jnp.where(beyond[:, :, None, None], jnp.nan, out), jnp.where(beyond[:, None], jnp.nan, lse)
-        return out.astype(q.dtype), lse.astype(jnp.promote_types(q.dtype, jnp.float32))
+        return out.astype(given), lse
 
     def backward(self, q, k, v, bias, lengths, lse, out, dout, *, scale, causal, window, wants_bias):
         self.calls.append("backward")
         self.batches.append(q.shape[0])
+        given, (q, k, v, bias, out, dout) = q.dtype, _wide(q, k, v, bias, out, dout)
         s = _scores(q, k, bias, lengths, scale, causal, window)
         p = jnp.exp(s - lse[..., None])
         dp = jnp.einsum("btnh,bsnh->bnts", dout, _each_head(v, q))
@@ -37,7 +39,12 @@ class FakeCudnn:
         dk = scale * jnp.einsum("bnts,btnh->bsnh", ds, q)
         dv = jnp.einsum("bnts,btnh->bsnh", p, dout)
         grads = [dq, *(x.reshape(*k.shape[:3], -1, x.shape[-1]).sum(3) for x in (dk, dv))]
-        return [g.astype(q.dtype) for g in grads] + ([ds.sum(0, keepdims=True)] if wants_bias else [])
+        grads += [ds.sum(0, keepdims=True)] if wants_bias else []
+        return [g.astype(given) for g in grads]
+
+
+def _wide(*arrays):
+    return [None if x is None else x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays]
 
 
 def _each_head(x, q):
