@@ -60,6 +60,11 @@ from layers.mlp.gated_mlp import gated_mlp as gated_mlp
 from layers.mlp.mlp import MLP as MLP
 from layers.mlp.mlp import mlp as mlp
 from layers.moe.grouped_matmul import grouped_matmul as grouped_matmul
+from layers.moe.modules import GatedMoE as GatedMoE
+from layers.moe.modules import MoE as MoE
+from layers.moe.moe import moe as moe
+from layers.moe.top_k_routing import Routing as Routing
+from layers.moe.top_k_routing import top_k_routing as top_k_routing
 from layers.norms.add_layer_norm import add_layer_norm as add_layer_norm
 from layers.norms.add_rms_norm import add_rms_norm as add_rms_norm
 from layers.norms.batch_norm import BatchNorm as BatchNorm

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from layers.core import checks
 from layers.core.numerics import wide
 
 
@@ -148,3 +149,14 @@ ACTIVATIONS = {
     "softplus": SOFTPLUS,
     "tanh": TANH,
 }
+
+
+def read_activation(who: str, value: Any) -> Activation:
+    """One by its name, or any function of each element, whose derivative is then JAX's."""
+    if isinstance(value, str) or not callable(value):
+        return ACTIVATIONS[checks.choice(who, "activation", value, ACTIVATIONS)]
+    made = jax.eval_shape(value, jax.ShapeDtypeStruct((2, 3), jnp.float32))
+    if getattr(made, "shape", None) != (2, 3):
+        raise ValueError(f"{who}: activation is a function that makes {made} of a (2, 3) array, but must keep the shape")
+    f: Any = value
+    return Activation(f, lambda a, dh: jax.vjp(f, a)[1](dh)[0])

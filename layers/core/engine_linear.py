@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from layers.core import compat
 from layers.core.again import recorded
 from layers.core.call import Call
-from layers.core.context import is_array
 from layers.core.record import Record, make_record
 from layers.core.tangent import TangentMap
 
@@ -37,7 +36,7 @@ def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
         return outputs
 
     def linearize(primals: Sequence[Any], moving: tuple[bool, ...]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
-        primals = tuple(x if is_array(x) else jnp.asarray(x) for x in primals)  # a number that is differentiated arrives as such
+        primals = tuple(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in primals)  # a number or NumPy array arrives here as such
         record, outputs, residuals = recorded(call.name, primals, lambda xs: make_record(call, xs, moving), lambda: apply(call, primals)[0])
         filled[:] = [record.output.fill]
         return outputs, functools.partial(_tangents, record, residuals)

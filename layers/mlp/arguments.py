@@ -5,24 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from layers.core import checks
-from layers.core.elementwise import ACTIVATIONS, Activation
+from layers.core.elementwise import read_activation
 from layers.core.numerics import is_known, with_offset
 
 SAVE = ("inputs", "preactivations")
-
-
-def activation(who: str, value: Any) -> Activation:
-    """One by its name, or any function of each element, whose derivative is then JAX's."""
-    if isinstance(value, str) or not callable(value):
-        return ACTIVATIONS[checks.choice(who, "activation", value, ACTIVATIONS)]
-    made = jax.eval_shape(value, jax.ShapeDtypeStruct((2, 3), jnp.float32))
-    if getattr(made, "shape", None) != (2, 3):
-        raise ValueError(f"{who}: activation is a function that makes {made} of a (2, 3) array, but must keep the shape")
-    f: Any = value
-    return Activation(f, lambda a, dh: jax.vjp(f, a)[1](dh)[0])
 
 
 def options(who: str, save: Any, block_size: Any, dtype: Any) -> dict[str, Any]:
@@ -87,7 +75,7 @@ def module(who: str, in_features: Any, hidden_features: Any, out_features: Any, 
     size = "[1, 2147483647]"
     ins, hidden = (checks.integer(who, k, v, size) for k, v in {"in_features": in_features, "hidden_features": hidden_features}.items())
     out = checks.integer(who, "out_features", out_features, size, optional=True)
-    activation(who, others["activation"])
+    read_activation(who, others["activation"])
     options(who, others["save"], others["block_size"], others["dtype"])
     checks.flag(who, "use_bias", others["use_bias"])
     checks.dtype(who, "param_dtype", others["param_dtype"], optional=False)

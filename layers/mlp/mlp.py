@@ -25,7 +25,7 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxtyping import Array, Float
 
 from layers.core.constants import refuse_gradient
-from layers.core.elementwise import ACTIVATIONS, Activation
+from layers.core.elementwise import ACTIVATIONS, Activation, read_activation
 from layers.core.function import Function
 from layers.core.rows import as_rows
 from layers.mlp import arguments, drops
@@ -149,7 +149,7 @@ def _compute(
     up_bias, down_bias = arguments.biases(who, sizes, up_bias=up_bias, down_bias=down_bias)
     norm_scale, norm = arguments.norm(who, x, norm_scale, epsilon, scale_offset)
     dropping = arguments.dropping(who, *dropout)
-    f = arguments.activation(who, activation)
+    f = read_activation(who, activation)
     plan = Plan(
         HIDDEN[activation] if isinstance(activation, str) else hidden(f), **arguments.options(who, save, block_size, dtype), **norm, **dropping
     )

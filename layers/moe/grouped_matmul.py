@@ -130,11 +130,11 @@ def grouped_matmul(
     block_size = checks.integer(who, "block_size", block_size, "[1, 2147483647]", optional=True)
     if not x.shape[0] or not kernels.shape[0]:
         return jnp.zeros((x.shape[0], kernels.shape[2]), jnp.promote_types(x.dtype, kernels.dtype))
-    block = min(block_size or _block(x.shape[0], kernels.shape[0]), x.shape[0])
+    block = min(block_size, x.shape[0]) if block_size else block_for(x.shape[0], kernels.shape[0])
     return GroupedMatmulFunction.apply(x, kernels, group_sizes.astype(jnp.int32), block, False)
 
 
-def _block(rows: int, groups: int) -> int:
+def block_for(rows: int, groups: int) -> int:
     """The power of two near half of the mean size: the last block of a group is half empty, so this costs a quarter more than is needed."""
     half = max(rows // (2 * groups), 1)
-    return min(max(1 << (half.bit_length() - 1), LEAST_BLOCK), MOST_BLOCK)
+    return min(max(1 << (half.bit_length() - 1), LEAST_BLOCK), MOST_BLOCK, rows)

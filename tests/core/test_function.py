@@ -54,6 +54,23 @@ def test_any_python_object_passes_through_untouched():
     assert all(options == given and all(type(a) is type(b) for a, b in zip(options, given, strict=True)) for options in seen)
 
 
+def test_numpy_array_that_is_differentiated_can_be_indexed_by_a_traced_one():
+    class Take(Function):
+        @staticmethod
+        def forward(ctx, x, order):
+            ctx.save_for_backward(order, x.shape)
+            return x.reshape(-1)[order]
+
+        @staticmethod
+        def backward(ctx, dy):
+            order, shape = ctx.saved_tensors
+            return jnp.zeros(dy.shape).at[order].set(dy).reshape(shape), None
+
+    x = np.arange(6.0, dtype=np.float32).reshape(2, 3)
+    gradient = jax.jit(lambda keys: jax.grad(lambda x: Take.apply(x, jnp.argsort(keys)) @ jnp.arange(6.0))(x))(-jnp.arange(6.0))
+    np.testing.assert_array_equal(gradient, jnp.arange(5.0, -1.0, -1.0).reshape(2, 3))
+
+
 def test_numpy_arrays_count_as_arrays():
     given = jax.grad(lambda w: Linear.apply(np.ones((4, 3), np.float32), w, np.zeros(2, np.float32)).sum())(floats(2, 3))
     np.testing.assert_allclose(given, np.full((2, 3), 4.0))
