@@ -58,13 +58,14 @@ def test_numpy_array_that_is_differentiated_can_be_indexed_by_a_traced_one():
     class Take(Function):
         @staticmethod
         def forward(ctx, x, order):
-            ctx.save_for_backward(order, x.shape)
+            ctx.save_for_backward(order)
+            ctx.shape = x.shape
             return x.reshape(-1)[order]
 
         @staticmethod
         def backward(ctx, dy):
-            order, shape = ctx.saved_tensors
-            return jnp.zeros(dy.shape).at[order].set(dy).reshape(shape), None
+            (order,) = ctx.saved_tensors
+            return jnp.zeros(dy.shape).at[order].set(dy).reshape(ctx.shape), None
 
     x = np.arange(6.0, dtype=np.float32).reshape(2, 3)
     gradient = jax.jit(lambda keys: jax.grad(lambda x: Take.apply(x, jnp.argsort(keys)) @ jnp.arange(6.0))(x))(-jnp.arange(6.0))
