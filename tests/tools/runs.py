@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # the processes compile more than they run
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["layers.tools.train", "layers.tools.cli"])
 SMALL = ("--task", "digits", "--batch-size", "16", "--checkpoint-every", "20")
