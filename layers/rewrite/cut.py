@@ -41,7 +41,13 @@ def values_of(nodes: Iterable[Node]) -> list[Value]:
 
 
 def cheapest(
-    nodes: Collection[Node], starts: Sequence[Value], ends: Sequence[Value], *, border: Sequence[Value], free: Collection[int]
+    nodes: Collection[Node],
+    starts: Sequence[Value],
+    ends: Sequence[Value],
+    *,
+    border: Sequence[Value],
+    free: Collection[int],
+    barred: Collection[int] = (),
 ) -> list[Value]:
     """The values of fewest bytes from which these operations compute the ends.
 
@@ -51,10 +57,11 @@ def cheapest(
         ends: the values that are wanted.
         border: values that are made in any case: taken before others of the same size.
         free: the ids of those that cost nothing.
+        barred: the ids of those that cannot be kept.
     """
     values = {id(v): v for v in (*values_of(nodes), *starts, *ends)}
     made = {id(v) for v in border}
-    cost = {i: 0 if i in free else 2 * v.bytes + (i not in made) for i, v in values.items()}
+    cost = {i: UNLIMITED if i in barred else 0 if i in free else 2 * v.bytes + (i not in made) for i, v in values.items()}
     feeds = [(id(a), id(b)) for n in nodes for a in n.inputs for b in n.outputs]
     return [values[i] for i in least_cut(cost, feeds, map(id, starts), map(id, ends))]
 

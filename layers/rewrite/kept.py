@@ -30,6 +30,12 @@ class Kept:
         for v in m.holds:
             self._keepers[id(v)].add(m)
 
+    def replace(self, v: Value, keepers: Collection[Node], values: Collection[Value]) -> None:
+        """Notes that these operations, which keep `v`, keep other values in its place."""
+        self._keepers[id(v)].difference_update(keepers)
+        for x in values:
+            self._keepers[id(x)].update(keepers)
+
     def without(self, v: Value, nodes: Collection[Node]) -> bool:
         """Whether a value is there in the backward pass even where these operations keep nothing."""
         return v.is_lasting or any(k not in nodes for k in self._keepers[id(v)])

@@ -13,6 +13,7 @@ from layers.rewrite.graph import Graph, Node
 from layers.rewrite.match import Match, Nearly, obstacle
 from layers.rewrite.mlp import find_mlp
 from layers.rewrite.norms import find_norm
+from layers.rewrite.products import find_products
 from layers.rewrite.profit import pays
 
 BY_MIDDLE: dict[str, Callable[[Node], Match | Sequence[Match] | None]] = {
@@ -23,7 +24,7 @@ BY_MIDDLE: dict[str, Callable[[Node], Match | Sequence[Match] | None]] = {
     "activation": find_activation,
 }
 """Those that are found from an operation in their middle."""
-PATTERNS = (*BY_MIDDLE, "elementwise")
+PATTERNS = (*BY_MIDDLE, "elementwise", "product")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def find_all(graph: Graph, names: Sequence[str]) -> Found:
         named = [m for m in found.matches if m.pattern == "activation"]
         rest = [m for m in found.matches if m not in named]
         found.matches = rest + find_elementwise(graph, rest, named)
+    if "product" in names:
+        found.matches += find_products(graph, found.matches)
     return found
 
 

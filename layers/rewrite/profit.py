@@ -15,6 +15,9 @@ OF_OUTPUT = frozenset({"exp", "exp2", "expm1", "tanh", "logistic", "sqrt", "rsqr
 OF_INPUT = frozenset(
     "log log1p sin cos square integer_pow erf erfc abs sign sinh cosh atan asinh acosh atanh custom_jvp_call".split()  # noqa: SIM905
 )
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+RULES = frozenset("custom_vjp_call remat2 checkpoint remat function_tangent".split())  # noqa: SIM905
+"""These may keep all that they are given."""
 CHOICES = frozenset({"max", "min", "clamp", "reduce_max", "reduce_min"})
 """These keep where their result comes from."""
 
@@ -31,9 +34,9 @@ def saved_by(n: Node) -> Iterator[Value]:
     """The values that the derivative of an operation reads."""
     if n.name in OF_OUTPUT and n.inputs[0].moving:
         yield n.out
-    elif n.name in OF_INPUT:
+    elif n.name in OF_INPUT or n.name in RULES:
         yield from (v for v in n.inputs if v.moving)
-    elif n.name in ("mul", "dot_general"):
+    elif n.name == "mul" or n.name in PRODUCTS:
         yield from (a for a, b in zip(n.inputs, n.inputs[::-1], strict=True) if b.moving and a.const is None)
     elif n.name in ("div", "pow", "atan2"):
         yield from (v for v in n.inputs if v.const is None and any(x.moving for x in n.inputs))

@@ -22,12 +22,15 @@ import jax.numpy as jnp
 from layers.core import compat
 from layers.core.function import Function
 from layers.core.placed_barrier import placed_barrier
+from layers.core.recompute import is_transposing
+from layers.core.zeros import zero_after
 from layers.rewrite.cut import cheapest
 from layers.rewrite.evaluation import run_node
-from layers.rewrite.graph import Graph, Node, Value
+from layers.rewrite.graph import Node, Value
 from layers.rewrite.kept import Kept
 from layers.rewrite.match import Match
 from layers.rewrite.primitives import is_light
+from layers.rewrite.profit import PRODUCTS
 from layers.rewrite.reading import read
 
 
@@ -43,17 +46,26 @@ class Part:
     @staticmethod
     def of(nodes: Collection[Node], kept: Kept) -> Part:
         order = sorted(nodes, key=lambda n: n.place)
-        inputs = {id(v): v for n in order for v in n.inputs if v.node not in nodes and (v.const is None or isinstance(v.const, compat.Tracer))}
+        inputs = Part.inputs_of(order)
         outputs = [o for n in order for o in n.outputs if o.kept or any(u not in nodes for u in o.users)]
-        free = {i for i, v in enumerate([*inputs.values(), *outputs]) if kept.without(v, nodes)}
-        return Part(order, list(inputs.values()), outputs, frozenset(free))
+        free = {i for i, v in enumerate([*inputs, *outputs]) if kept.without(v, nodes)}
+        return Part(order, inputs, outputs, frozenset(free))
+
+    @staticmethod
+    def inputs_of(nodes: Collection[Node]) -> list[Value]:
+        """What these operations read and do not make; what is known is part of the program."""
+        made = {id(o) for n in nodes for o in n.outputs}
+        read = {id(v): v for n in nodes for v in n.inputs if id(v) not in made and (v.const is None or isinstance(v.const, compat.Tracer))}
+        return list(read.values())
 
     def run(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(evaluate(self.nodes, self.inputs, arrays, self.outputs))
 
 
 def match_of(name: str, nodes: set[Node], part: Part, detail: str) -> Match:
-    return Match(name, nodes, part.inputs, part.outputs, lambda *arrays: RecomputedFunction.apply(part, *arrays), detail=detail)
+    m = Match(name, nodes, part.inputs, part.outputs, lambda *arrays: RecomputedFunction.apply(part, *arrays), detail=detail)
+    m.pattern = name
+    return m
 
 
 class RecomputedFunction(Function):
@@ -82,6 +94,7 @@ class Plan:
         graph: from the inputs to the outputs and to what JAX's derivative of the part reads.
         kept: the values that are saved.
         before, after: the operations of the forward pass, and those from the kept values to what the derivative reads.
+        is_heavy: whether a product reads what is made again, which then is an array in memory.
     """
 
     def __init__(self, part: Part, arrays: Sequence[Any], wanted: Sequence[int]):
@@ -91,14 +104,15 @@ class Plan:
         count = len(part.outputs)
         self.outputs, self.residuals = self.graph.outputs[:count], self.graph.outputs[count:]
         light = [n for n in self.graph.nodes if is_light(n)]
+        self.is_heavy = any(n.name in PRODUCTS for n in part.nodes)
         made = {id(o) for n in light for o in n.outputs}
         border = [*self.graph.inputs, *self.outputs]
         free = {id(border[i]) for i in part.free}
         starts = [v for n in light for v in n.inputs if id(v) not in made and v.const is None]
         starts += [v for v in self.residuals if id(v) not in made and v.const is None]
         self.kept = cheapest(light, starts, self.residuals, border=border, free=free)
-        self.before = between(self.graph, self.graph.inputs, [*self.outputs, *self.kept])
-        self.after = between(self.graph, self.kept, self.residuals)
+        self.before = between(self.graph.nodes, self.graph.inputs, [*self.outputs, *self.kept])
+        self.after = between(self.graph.nodes, self.kept, self.residuals)
 
     def _linearized(self, part: Part, arrays: Sequence[Any]) -> list[Any]:
         def moved(*some: Any) -> Any:
@@ -113,18 +127,27 @@ class Plan:
         return [*outs, *residuals]
 
     def pull(self, kept: Sequence[Any], grads: Sequence[Any]) -> Sequence[Any]:
-        residuals = evaluate(self.after, self.kept, kept, self.residuals)
+        known = {id(v): x for v, x in zip(self.kept, kept, strict=True)}
+        again = evaluate(self.after, self.kept, [late(x, grads) for x in kept] if self.is_heavy else kept, self.residuals)
+        residuals = [known.get(id(v), x) for v, x in zip(self.residuals, again, strict=True)]
         return jax.tree.unflatten(self.tree, residuals)(list(grads))
+
+
+def late(x: jax.Array, grads: Sequence[jax.Array]) -> jax.Array:
+    """`x`, by a choice that XLA cannot foresee: what a product reads of it is made when the gradient is there, and not early, to lie in wait."""
+    if is_transposing() or compat.is_key(x):
+        return x
+    return jnp.where(zero_after(grads[0]) == 0, x, jnp.zeros((), x.dtype))
 
 
 def is_inexact(x: Any) -> bool:
     return not compat.is_key(x) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def between(graph: Graph, given: Sequence[Value], ends: Sequence[Value]) -> list[Node]:
-    """The operations that compute the ends from the given values, in order."""
+def between(nodes: Sequence[Node], given: Sequence[Value], ends: Sequence[Value]) -> list[Node]:
+    """Those of the operations, which are in order, that compute the ends from the given values."""
     known, needed, found = {id(v) for v in given}, {id(v) for v in ends}, []
-    for n in reversed(graph.nodes):
+    for n in reversed(nodes):
         if any(id(o) in needed - known for o in n.outputs):
             found.append(n)
             needed.update(id(v) for v in n.inputs)

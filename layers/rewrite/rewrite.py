@@ -39,8 +39,8 @@ def rewrite(fn: Callable[..., Any] | None = None, *, only: str | Iterable[str] |
 
     Args:
         fn: a function of arrays and pytrees; other arguments are part of the program. None to use `rewrite(only=...)` as a decorator.
-        only: the names of the patterns that may be replaced, of "attention", "cross_entropy", "norm", "mlp", "activation" and "elementwise", which is
-            any other group of elementwise operations; None for all.
+        only: the names of the patterns that may be replaced, of "attention", "cross_entropy", "norm", "mlp", "activation", "elementwise", which is
+            any other group of elementwise operations, and "product", which is one whose operands are made of what is alive anyway; None for all.
         skip: the names of patterns that may not.
 
     Returns:

@@ -54,7 +54,7 @@ def with_a_result_that_is_kept_anyway(x, w):
     return jnp.log1p(h * h) * h
 
 
-@case("elementwise elementwise", 2, x, w)
+@case("elementwise elementwise product", 1, x, w)
 def around_a_product(x, w):
     h = jnp.sin(x) * jnp.cos(x) + x
     h = h @ w

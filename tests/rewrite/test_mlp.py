@@ -104,5 +104,5 @@ def hidden_layer_kept(x, g, u, d):
 @pytest.mark.parametrize("name", CASES)
 def test_part_is_replaced_where_it_fits_and_nothing_changes(name, everything_pays):
     fn, expected, args = CASES[name]
-    assert replaced(fn, *args) == expected.split()
+    assert replaced(fn, *args, skip="product") == expected.split()
     assert_same(fn, args) if expected else assert_same_value(fn, args)
