@@ -1,7 +1,8 @@
 """Every test runs on 8 CPU devices with float64 available through `jax.enable_x64`.
 
-`JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest` runs them on a GPU instead, where those of several devices and of the memory that
-XLA plans on a CPU do not hold. `LAYERS_ENGINE=custom_vjp` runs them with the other engine, without those of the marker `linear_engine`.
+`JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest` runs them on a GPU instead, where those are skipped that take more devices
+than there are (the marker `devices`, and `mesh_of` of `tests/support.py`) or the memory that XLA plans on a CPU (`planned_bytes` there).
+`LAYERS_ENGINE=custom_vjp` runs them with the other engine, without those of the marker `linear_engine`.
 """
 
 import ctypes
@@ -57,6 +58,9 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("linear_engine") and os.environ.get("LAYERS_ENGINE", "linear") != "linear":
         pytest.skip("needs the engine 'linear'")
+    devices = item.get_closest_marker("devices")
+    if devices and jax.device_count() < devices.args[0]:
+        pytest.skip(f"needs {devices.args[0]} devices")
 
 
 def pytest_collection_finish():

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 
 def assert_trees_close(actual: Any, expected: Any, *, rtol: float, atol: float = 0.0) -> None:
@@ -37,7 +38,22 @@ def jit_value_and_grad(fn: Callable[..., Any], *args: Any, **options: Any) -> Ca
 
 def temp_bytes(fn: Callable[..., Any], *args: Any) -> int:
     """The temporary memory in bytes of the compiled `fn`: exact, and the same in every run."""
-    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    return planned_bytes(jax.jit(fn).lower(*args).compile())
+
+
+def planned_bytes(compiled: Any) -> int:
+    """The temporary memory in bytes of a compiled program; the test that asks is skipped where the plan is not that of a CPU."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("needs the memory that XLA plans on a CPU")
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@functools.cache
+def mesh_of(size: int, name: str, kind: Any) -> jax.sharding.Mesh:
+    """A mesh of so many devices along one axis; the test that asks is skipped where there are fewer."""
+    if jax.device_count() < size:
+        pytest.skip(f"needs {size} devices")
+    return jax.make_mesh((size,), (name,), axis_types=(kind,))
 
 
 def saved_bytes(fn: Callable[..., Any], *args: Any) -> int:

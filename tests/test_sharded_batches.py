@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,9 +13,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import layers
-from tests.support import assert_trees_close, draw_normal
+from tests.support import assert_trees_close, draw_normal, mesh_of
 
-EXPLICIT = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+explicit = partial(mesh_of, 8, "data", AxisType.Explicit)
 X = draw_normal(0, (16, 5, 8))
 Q = X.reshape(16, 5, 2, 4)
 
@@ -41,9 +42,9 @@ def values_and_gradients(fn: Any, *args: Any) -> Any:
 
 
 def on_mesh(fn: Any, x: jax.Array, *replicated: Any) -> Any:
-    with jax.set_mesh(EXPLICIT):
-        x = jax.device_put(x, NamedSharding(EXPLICIT, P("data")))
-        return jax.device_get(values_and_gradients(fn, x, *jax.device_put(replicated, NamedSharding(EXPLICIT, P()))))
+    with jax.set_mesh(explicit()):
+        x = jax.device_put(x, NamedSharding(explicit(), P("data")))
+        return jax.device_get(values_and_gradients(fn, x, *jax.device_put(replicated, NamedSharding(explicit(), P()))))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,6 +62,7 @@ def test_module_of_a_batch_over_devices_has_the_gradients_of_one_device(make: An
     assert_trees_close(ours, jax.device_get(values_and_gradients(lambda x, p: run(x, p, rest), X, params)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("fn", [layers.relu, layers.binarize])
 def test_bits_of_a_batch_over_devices_stay_where_they_are(fn: Any) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

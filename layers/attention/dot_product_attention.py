@@ -147,9 +147,9 @@ def dot_product_attention(
         key_value_seq_lengths: keys from there on are not attended to.
         local_window_size: (left, right), or one number for both: query t attends to keys t - left ... t + right, all of them
             moved by `query_offset`.
-        implementation: None takes the fastest that can do the call and was verified for it on what is compiled for; "xla", "cudnn", "tokamax" or
-            "mosaic" that one, with the derivatives of this one at every order. `layers.implementations` says which and why. By a kernel, what is
-            NaN or infinite in a key may spread to queries before it.
+        implementation: None takes the fastest that can do the call and was verified for it on what is compiled for; "xla", "cudnn" (NVIDIA
+            GPUs) or "mosaic" (TPUs) that one, with the derivatives of this layer at every order. `layers.implementations` says which and why.
+            By a kernel, what is NaN or infinite in a key may spread to queries before it.
         return_residual: another name of `return_logsumexp`, as in `jax.nn`.
         logit_soft_cap: scaled products s become cap tanh(s / cap), before `bias` is added; above 0.
         segment_ids: integers (batch, time) of packed sequences, or a tuple of those of queries and of keys: attention stays within equal ones.

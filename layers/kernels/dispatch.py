@@ -19,7 +19,7 @@ from layers.kernels import verified
 from layers.kernels.place import Place, here
 
 XLA = "xla"
-NAMES = (XLA, "cudnn", "tokamax", "mosaic")
+NAMES = (XLA, "cudnn", "mosaic")
 
 
 class Call(Protocol):

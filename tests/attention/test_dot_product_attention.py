@@ -402,6 +402,7 @@ def test_vmap_is_a_loop(small_blocks: None) -> None:
     assert_trees_close(jax.vmap(grad)(*stack), looped, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.devices(2)
 def test_batch_is_sharded_by_shard_map() -> None:
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")

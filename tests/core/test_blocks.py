@@ -46,6 +46,7 @@ def test_loop_has_the_gradient_of_one_pass_in_both_modes():
     assert_trees_close(jax.jvp(total(3), (ROWS,), (ROWS,)), jax.jvp(total(7), (ROWS,), (ROWS,)), rtol=1e-4)
 
 
+@pytest.mark.devices(2)
 def test_unvarying_carry_may_meet_varying_rows_under_shard_map():
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     local = lambda x: scan_blocks(body, jnp.zeros(3), x, block=2)[0][None]

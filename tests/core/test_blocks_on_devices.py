@@ -28,6 +28,8 @@ from layers.norms.layer_norm import layer_norm
 from layers.norms.rms_norm import rms_norm
 from tests.support import assert_trees_close
 
+pytestmark = pytest.mark.devices(8)
+
 BATCH, TIME, FEATURES, VOCAB = 8, 13, 1536, 50
 """13 rows a device: with blocks of at most 6 the last has one row. With so many features norms have blocks too."""
 

@@ -45,6 +45,7 @@ def test_loop_is_transposed_where_a_rule_is():
     np.testing.assert_allclose(back, jnp.cos(x) * dx, rtol=1e-6)
 
 
+@pytest.mark.devices(4)
 def test_rows_on_several_devices_are_not_gathered():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     dy, x = (jax.device_put(floats(16, 3, seed=i), jax.NamedSharding(mesh, P("d"))) for i in range(2))
@@ -53,6 +54,7 @@ def test_rows_on_several_devices_are_not_gathered():
     assert "all-gather" not in compiled.as_text()
 
 
+@pytest.mark.devices(2)
 def test_unvarying_rows_may_meet_a_varying_gradient_under_shard_map():
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     dy, x = floats(20, 3), floats(10, 3, seed=1)

@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from layers.core import compat
 from layers.core.placed_barrier import placed_barrier
 
 
+@pytest.mark.devices(2)
 def test_arrays_are_the_same_and_vary_over_the_axes_that_they_varied_over():
     mesh, varied = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,)), []
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import layers
 from layers.core.function import Function
 from tests.core.functions import CASES, Cube, Linear, Mul, ScaledShare, Split, Unchanged, Wrong, floats
-from tests.support import assert_trees_close, saved_bytes
+from tests.support import assert_trees_close, mesh_of, saved_bytes
 
 # --- right rules: each transformation of every function, compared with the plain twin in one compiled program ---
 
@@ -157,11 +157,11 @@ def test_outside_jit_the_gradient_is_the_same(case):
 # --- a rule that is wrong on purpose: three times the derivative of sin, under every transformation and every pair ---
 
 X = floats(4, 4)
-MESH = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+automatic = functools.partial(mesh_of, 2, "d", jax.sharding.AxisType.Auto)
 
 
 def sharded(fn, check_vma):
-    return lambda x: jax.shard_map(fn, mesh=MESH, in_specs=P("d"), out_specs=P("d"), check_vma=check_vma)(x)
+    return lambda x: jax.shard_map(fn, mesh=automatic(), in_specs=P("d"), out_specs=P("d"), check_vma=check_vma)(x)
 
 
 WRAPPERS = {
@@ -312,7 +312,7 @@ def test_output_shared_by_the_batch_under_shard_map():
             y, z = jax.vmap(fn, in_axes=(0, None), out_axes=(0, None))(x, w)
             return jax.lax.psum((y**2).sum(), "d") + (z**3).sum()
 
-        return jax.grad(lambda x, w: jax.shard_map(local, mesh=MESH, in_specs=(P("d"), P()), out_specs=P())(x, w), (0, 1))
+        return jax.grad(lambda x, w: jax.shard_map(local, mesh=automatic(), in_specs=(P("d"), P()), out_specs=P())(x, w), (0, 1))
 
     args = floats(4, 3), floats(3, seed=1)
     assert_trees_close(jax.jit(total(ScaledShare.apply))(*args), jax.jit(total(lambda x, w: (x * w, 2 * w)))(*args), rtol=1e-5)
@@ -331,7 +331,7 @@ LINEAR = floats(4, 3), floats(2, 3, seed=1), floats(2, seed=2)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_grad_of_shard_map_sums_a_shared_weight_over_the_mesh(check_vma):
     def total(fn):
-        mapped = jax.shard_map(fn, mesh=MESH, in_specs=(P("d"), P(), P()), out_specs=P("d"), check_vma=check_vma)
+        mapped = jax.shard_map(fn, mesh=automatic(), in_specs=(P("d"), P(), P()), out_specs=P("d"), check_vma=check_vma)
         return jax.jit(jax.grad(lambda *a: (mapped(*a) ** 2).sum(), (0, 1, 2)))
 
     assert_trees_close(total(Linear.apply)(*LINEAR), total(linear)(*LINEAR), rtol=1e-5)
@@ -340,7 +340,7 @@ def test_grad_of_shard_map_sums_a_shared_weight_over_the_mesh(check_vma):
 def test_grad_inside_shard_map_sums_a_shared_weight_over_the_mesh():
     def total(fn):
         inside = jax.grad(lambda x, w, b: (fn(x, w, b) ** 2).sum(), (0, 1, 2))
-        return jax.jit(jax.shard_map(inside, mesh=MESH, in_specs=(P("d"), P(), P()), out_specs=(P("d"), P(), P())))
+        return jax.jit(jax.shard_map(inside, mesh=automatic(), in_specs=(P("d"), P(), P()), out_specs=(P("d"), P(), P())))
 
     assert_trees_close(total(Linear.apply)(*LINEAR), total(linear)(*LINEAR), rtol=1e-5)
 
@@ -349,7 +349,7 @@ def test_grad_inside_unchecked_shard_map_stays_on_its_device():
     def total(fn):
         inside = jax.grad(lambda x, w, b: (fn(x, w, b) ** 2).sum(), (0, 1, 2))
         summed = lambda *a: (lambda g: (g[0], *jax.lax.psum(g[1:], "d")))(inside(*a))
-        return jax.jit(jax.shard_map(summed, mesh=MESH, in_specs=(P("d"), P(), P()), out_specs=(P("d"), P(), P()), check_vma=False))
+        return jax.jit(jax.shard_map(summed, mesh=automatic(), in_specs=(P("d"), P(), P()), out_specs=(P("d"), P(), P()), check_vma=False))
 
     assert_trees_close(total(Linear.apply)(*LINEAR), total(linear)(*LINEAR), rtol=1e-5)
 
@@ -363,7 +363,7 @@ def test_transformations_inside_shard_map_agree_with_autodiff(wrap):
             "jit": jax.jit(fn),
             "vmap": lambda x, w, b: jax.vmap(lambda row, w, b: fn(row[None], w, b)[0], in_axes=(0, None, None))(x, w, b),
         }[wrap]
-        mapped = jax.shard_map(wrapped, mesh=MESH, in_specs=(P("d"), P(), P()), out_specs=P("d"))
+        mapped = jax.shard_map(wrapped, mesh=automatic(), in_specs=(P("d"), P(), P()), out_specs=P("d"))
         return jax.jit(jax.grad(lambda *a: (mapped(*a) ** 2).sum(), (0, 1, 2)))
 
     assert_trees_close(total(Linear.apply)(*LINEAR), total(linear)(*LINEAR), rtol=1e-5)
@@ -372,7 +372,7 @@ def test_transformations_inside_shard_map_agree_with_autodiff(wrap):
 @pytest.mark.linear_engine
 def test_forward_mode_and_hessian_through_shard_map_agree_with_autodiff():
     def total(fn):
-        mapped = jax.shard_map(fn, mesh=MESH, in_specs=(P("d"), P(), P()), out_specs=P("d"))
+        mapped = jax.shard_map(fn, mesh=automatic(), in_specs=(P("d"), P(), P()), out_specs=P("d"))
         scalar = lambda *a: (jnp.sin(mapped(*a)) ** 2).sum()
         return jax.jit(lambda *a: (jax.jvp(mapped, a, a), jax.hessian(scalar, (0, 1))(*a)))
 
@@ -390,7 +390,7 @@ def test_unvarying_gradient_is_accepted_under_shard_map():
         def backward(ctx, grad):
             return jnp.ones(ctx.shape)
 
-    mapped = jax.shard_map(lambda x: Ones.apply(x)[None], mesh=MESH, in_specs=P("d"), out_specs=P("d"))
+    mapped = jax.shard_map(lambda x: Ones.apply(x)[None], mesh=automatic(), in_specs=P("d"), out_specs=P("d"))
     np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: mapped(x).sum()))(X), jnp.ones_like(X))
 
 
@@ -411,7 +411,7 @@ def test_output_reduced_over_the_mesh_inside_the_rule_gives_each_device_its_grad
             y, z, v = fn(x, w)
             return jax.lax.psum((y**2).sum(), "d") + (z**2).sum() + (v**3).sum()
 
-        return jax.grad(lambda x, w: jax.shard_map(local, mesh=MESH, in_specs=(P("d"), P()), out_specs=P())(x, w), (0, 1))
+        return jax.grad(lambda x, w: jax.shard_map(local, mesh=automatic(), in_specs=(P("d"), P()), out_specs=P())(x, w), (0, 1))
 
     plain = lambda x, w: (x * w, jax.lax.psum((x * w).sum(0), "d"), 2 * w)
     args = floats(4, 3), floats(3, seed=1)
@@ -420,13 +420,13 @@ def test_output_reduced_over_the_mesh_inside_the_rule_gives_each_device_its_grad
 
 @pytest.mark.parametrize("spec", [P("d"), P(None, "d")])
 def test_jit_with_sharded_inputs_agrees_with_autodiff(spec):
-    x = jax.device_put(floats(4, 4), NamedSharding(MESH, spec))
-    w = jax.device_put(floats(2, 4, seed=1), NamedSharding(MESH, P()))
+    x = jax.device_put(floats(4, 4), NamedSharding(automatic(), spec))
+    w = jax.device_put(floats(2, 4, seed=1), NamedSharding(automatic(), P()))
     given = jax.jit(jax.grad(lambda x, w: (Linear.apply(x, w, None) ** 2).sum(), (0, 1)))(x, w)
     assert_trees_close(given, jax.grad(lambda x, w: ((x @ w.T) ** 2).sum(), (0, 1))(floats(4, 4), floats(2, 4, seed=1)), rtol=1e-5)
 
 
-EXPLICIT = jax.make_mesh((2,), ("e",), axis_types=(jax.sharding.AxisType.Explicit,))
+explicit = functools.partial(mesh_of, 2, "e", jax.sharding.AxisType.Explicit)
 
 
 @pytest.mark.parametrize("wrap", ["plain", "vmap", "scan"])
@@ -436,8 +436,8 @@ def test_gradients_on_a_mesh_with_explicit_axes_have_the_sharding_of_their_argum
         "vmap": jax.vmap(Split.apply),
         "scan": lambda x: jax.lax.scan(lambda c, row: (c, Split.apply(row)), 0, x)[1],
     }[wrap]
-    with jax.set_mesh(EXPLICIT):
-        x = jax.device_put(X, NamedSharding(EXPLICIT, P(None, "e") if wrap == "scan" else P("e")))
+    with jax.set_mesh(explicit()):
+        x = jax.device_put(X, NamedSharding(explicit(), P(None, "e") if wrap == "scan" else P("e")))
         given = jax.jit(jax.grad(lambda x: (wrapped(x) ** 2).sum()))(x)
         assert given.sharding.is_equivalent_to(x.sharding, x.ndim)
     np.testing.assert_allclose(given, jax.grad(lambda x: (jnp.tanh(2 * x) ** 2).sum())(X), rtol=1e-5)
@@ -454,13 +454,14 @@ def test_replicated_gradient_is_resharded_on_a_mesh_with_explicit_axes():
         def backward(ctx, grad):
             return jnp.ones(ctx.shape)
 
-    with jax.set_mesh(EXPLICIT):
-        x = jax.device_put(X, NamedSharding(EXPLICIT, P("e")))
+    with jax.set_mesh(explicit()):
+        x = jax.device_put(X, NamedSharding(explicit(), P("e")))
         given = jax.jit(jax.grad(Ones.apply))(x)
         assert given.sharding.is_equivalent_to(x.sharding, x.ndim)
     np.testing.assert_array_equal(given, jnp.ones_like(X))
 
 
+@pytest.mark.devices(8)
 def test_pmap_agrees_with_autodiff():
     if not hasattr(jax, "pmap"):
         pytest.skip("this JAX has no pmap")

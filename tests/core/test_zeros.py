@@ -25,6 +25,7 @@ def test_zero_is_not_known_when_compiled() -> None:
     assert "compare" in compiled.as_text()
 
 
+@pytest.mark.devices(2)
 def test_zero_after_an_array_on_several_devices_does_not_read_it() -> None:
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
     x = jax.device_put(jnp.ones(4), NamedSharding(mesh, P("d")))

@@ -38,6 +38,7 @@ SOLVES = {
 }
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("name", SOLVES)
 def test_shard_map_solves_for_each_device_from_a_start_that_all_share(name):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -48,6 +49,7 @@ def test_shard_map_solves_for_each_device_from_a_start_that_all_share(name):
         assert_trees_close(jax.device_get(jax.jit(both(run))(*args)), jax.device_get(jax.jit(both(one))(*args)), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.devices(8)
 def test_leaves_that_devices_share_are_solved_beside_those_that_they_do_not():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     shared = lambda z, w: jnp.tanh(z @ w) + w[0]
@@ -70,6 +72,7 @@ ALONG_AN_AXIS = {
 }
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("name", ALONG_AN_AXIS)
 def test_batch_along_an_explicit_axis_has_the_values_and_gradients_of_one_device(name):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))

@@ -250,6 +250,7 @@ def test_complex_solutions_have_the_gradients_of_jax():
 # Transformations with the default solvers; the contract runs them with plain iteration
 
 
+@pytest.mark.devices(2)
 def test_batches_and_devices_give_the_gradients_of_each_element():
     mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
     with jax.enable_x64(True):

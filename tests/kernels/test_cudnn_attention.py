@@ -266,6 +266,7 @@ def test_program_of_a_bias_gives_its_gradient():
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in text and "while" not in text
 
 
+@pytest.mark.devices(2)
 def test_each_device_of_a_shard_map_calls_cudnn():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")

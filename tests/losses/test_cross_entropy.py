@@ -301,6 +301,7 @@ def test_class_weights_are_constants():
 # Devices
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize(
     ("loss", "options"), [(linear, {"reduction": "sum"}), (linear, {"reduction": "none", "z_loss": 0.1}), (softmax, {"reduction": "sum"})]
 )

@@ -65,6 +65,7 @@ def test_elements_of_a_batch_and_steps_of_a_loop_have_masks_of_their_own_keys():
     assert_trees_close(jax.jit(lambda: jax.lax.scan(lambda _, row: (None, one(*row)), None, (x, keys))[1])(), alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_masks_are_the_same_where_the_rows_lie_on_several_devices(kind):
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(kind,))

@@ -13,7 +13,7 @@ from layers.mlp.gated_mlp import GatedMLP, gated_mlp
 from layers.mlp.mlp import MLP, mlp
 from layers.norms.rms_norm import RMSNorm, rms_norm
 from tests.mlp.test_mlp import BOTH, OURS, PLAIN, SAVE, SHAPES, abstract, draw, gradients, plain_gated_mlp
-from tests.support import assert_trees_close, draw_normal, jit_grad, saved_bytes
+from tests.support import assert_trees_close, draw_normal, jit_grad, planned_bytes, saved_bytes
 
 
 def plain_norm(x, scale, epsilon=1e-6):
@@ -136,7 +136,7 @@ def stack(block, scanned):
 
 
 def memory(block, scanned):
-    return stack(block, scanned).memory_analysis().temp_size_in_bytes
+    return planned_bytes(stack(block, scanned))
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,7 @@ def test_custom_promote_dtype_is_used():
     assert module(draw(1, (2, 6), jnp.bfloat16)).dtype == jnp.float32
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "batch_norm"])
 def test_statistics_are_shared_over_a_named_axis_as_in_flax(name):
     axes = {} if name == "batch_norm" else {"reduction_axes": (0, 1), "feature_axes": -1}
@@ -232,6 +233,7 @@ def test_statistics_are_shared_over_a_named_axis_as_in_flax(name):
         assert_trees_close(run(modules[0]), run(modules[1]), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.devices(4)
 def test_batch_norm_on_devices_is_batch_norm_of_the_whole_batch():
     with jax.enable_x64(True):
         x, scale, bias, dy = draw(1, (8, 3, 6)), draw(2, (6,)), draw(3, (6,)), draw(4, (8, 3, 6))

@@ -42,6 +42,7 @@ def expected():
     return {name: jax.device_get(jax.jit(both(name))(X, BOOK, BIAS)) for name in LAYERS}
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_batch_over_devices_is_that_of_one_and_is_not_gathered(name, kind, expected):
@@ -67,6 +68,7 @@ def test_symbolic_batch_may_be_empty():
     assert not any(g.any() for g in grads)
 
 
+@pytest.mark.devices(8)
 def test_moving_average_of_a_batch_over_devices_is_that_of_one():
     @nnx.jit
     def move(layer, x):

@@ -157,6 +157,7 @@ def test_gradient_is_the_same_under(name):
         assert relative(given, expected) < 2e-3
 
 
+@pytest.mark.devices(2)
 def test_rows_on_several_devices_have_their_own_scales_in_the_gradient_of_the_kernel():
     mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
     part = lambda x, dy, kernel, bias: (int8_linear(x, kernel, bias) * dy).sum()[None]

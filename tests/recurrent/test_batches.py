@@ -71,6 +71,7 @@ def both(fn):
     return jit_value_and_grad(lambda *args: (loss(out := fn(*args)), out), (0, 1, 2), has_aux=True)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("name", ["checkpointed_scan", "checkpointed_while"])
 def test_shard_map_gives_the_values_and_gradients_of_one_device(name, expected):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -78,6 +79,7 @@ def test_shard_map_gives_the_values_and_gradients_of_one_device(name, expected):
     assert_trees_close(jax.device_get(jax.jit(both(run))(X, W, R)), expected[name], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [*((name, AxisType.Explicit) for name in LAYERS), *((name, AxisType.Auto) for name in ("lstm", "gated_linear_attention", "checkpointed_scan"))],

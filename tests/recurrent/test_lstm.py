@@ -200,6 +200,7 @@ def test_huge_inputs_have_finite_gradients():
     assert all(bool(jnp.isfinite(g).all()) for g in grads)
 
 
+@pytest.mark.devices(4)
 def test_weights_shared_by_devices_get_the_gradient_of_the_whole_batch():
     with jax.enable_x64(True):
         x, w, r, b, *_ = arguments((4,), time=5)

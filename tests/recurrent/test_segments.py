@@ -177,6 +177,7 @@ def test_nothing_in_a_sequence_reaches_another(name, device):
             np.testing.assert_allclose(np.asarray(got)[~HIT], np.asarray(right)[~HIT], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("name", ["linear_recurrence", "selective_scan", "gated_delta_rule", "short_convolution", "lstm", "gru, reverse, gates"])
 def test_batch_may_be_that_of_vmap_or_lie_on_several_devices(name):
     with jax.enable_x64(True):

@@ -133,6 +133,7 @@ def test_source_lines_and_scopes_stay():
     assert "model" in row.layer and row.source.startswith("plain_llama.py") and "(mlp)" in row.source
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("where", ["sharded batch", "constraint", "of shard_map", "in shard_map"])
 def test_gradient_is_the_same_on_eight_devices(where):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -1,20 +1,22 @@
 """Gradient clipping and gradient noise, which no function has as its gradient, under every transformation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from layers.surgery.add_gradient_noise import add_gradient_noise
 from layers.surgery.clip_gradient import clip_gradient
-from tests.support import jit_grad
+from tests.support import jit_grad, mesh_of
 
 X = jnp.array([[-2.0, -0.5, 0.0], [0.25, 1.0, 3.0]])
 DY = jnp.array([[1.0, -2.0, 0.5], [0.0, 4.0, -0.25]])
 KEY = jax.random.key(0)
-MESH = Mesh(np.array(jax.devices()[:2]), ("d",))
+automatic = partial(mesh_of, 2, "d", jax.sharding.AxisType.Auto)
 
 LAYERS = {
     "clip by value": lambda x: clip_gradient(x, max_value=0.75),
@@ -73,13 +75,13 @@ def test_scan_applies_the_rule_at_each_step(name):
 
 @EVERY
 def test_jit_over_devices_takes_the_whole_array(name):
-    placed = jax.device_put(X, NamedSharding(MESH, P("d")))
+    placed = jax.device_put(X, NamedSharding(automatic(), P("d")))
     np.testing.assert_allclose(jax.jit(jax.grad(lambda x: loss(LAYERS[name], x)))(placed), rule(name, DY), rtol=1e-6)
 
 
 @EVERY
 def test_shard_map_takes_the_part_of_each_device(name):
-    each = jax.shard_map(lambda x, dy: loss(LAYERS[name], x, dy)[None], mesh=MESH, in_specs=P("d"), out_specs=P("d"))
+    each = jax.shard_map(lambda x, dy: loss(LAYERS[name], x, dy)[None], mesh=automatic(), in_specs=P("d"), out_specs=P("d"))
     given = jax.jit(jax.grad(lambda x: each(x, DY).sum()))(X)
     if name == "noise":
         part = 0.1 * jax.random.normal(jax.random.split(KEY, 1)[0], (1, 3))
@@ -90,7 +92,7 @@ def test_shard_map_takes_the_part_of_each_device(name):
 
 @EVERY
 def test_shard_map_of_what_all_devices_share_takes_the_sum_of_their_gradients(name):
-    each = jax.shard_map(lambda x, s: s * loss(LAYERS[name], x)[None], mesh=MESH, in_specs=(P(), P("d")), out_specs=P("d"))
+    each = jax.shard_map(lambda x, s: s * loss(LAYERS[name], x)[None], mesh=automatic(), in_specs=(P(), P("d")), out_specs=P("d"))
     given = jax.jit(jax.grad(lambda x: each(x, jnp.array([1.0, 2.0])).sum()))(X)
     np.testing.assert_allclose(given, rule(name, 3 * DY), rtol=1e-6)
 
