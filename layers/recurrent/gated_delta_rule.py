@@ -91,7 +91,7 @@ def _body(scale: float) -> Any:
         sides = jnp.concatenate([beta * v, faded(beta * k, d.up, d.since)], -1)
         u = add_shares(sides, [visible(weighted_sums(inverse, level.earlier(sides)), level.second) for level, inverse in _inverse(k, beta, d)])
         u, w = jnp.split(u, [v.shape[3]], -1)
-        state, (states, u) = over_chunks(_step, state, _by_chunk(u, w, k, d, chunk))
+        state, (states, u) = over_chunks(_step, state, _by_chunk(u, visible(w, d.since), k, d, chunk))
         u = u.reshape(v.shape)
         shares = [visible(weighted_sums(_products(level, q, k), level.earlier(u)), level.second) for level in d.levels]
         out = einsum("bhntk,bhnkv->bhntv", by_chunk(faded(q, d.up, d.since), chunk), states).reshape(v.shape)

@@ -25,6 +25,8 @@ IDS = np.array([[3, 3, 3, 3, 3, 1, 3, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1, 1]])
 BATCH, TIME = IDS.shape
 HIT = np.array([[0, 0, 0, 0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0]], bool)
 """One sequence of each row, for what may stand there."""
+ACROSS = np.array([[3, 3, 3, 1, 1, 1, 3, 3, 3], [0, 0, 1, 1, 1, 1, 1, 0, 0]])
+"""The same with one that goes across the border of two chunks, between others in both."""
 
 
 def linear_recurrence(rows, weights, *, reverse=False, **options):
@@ -155,9 +157,9 @@ def test_all_steps_at_once_are_right_too(name):
         assert_trees_close(program(packed(name))(*arguments(name)), expected(name), rtol=1e-10, atol=1e-11)
 
 
-def spoilt(x):
+def spoilt(x, hit):
     """`x` with NaN in one sequence of each row."""
-    return jnp.where(HIT.reshape(BATCH, TIME, *(1 for _ in x.shape[2:])), jnp.nan, x)
+    return jnp.where(hit.reshape(BATCH, TIME, *(1 for _ in x.shape[2:])), jnp.nan, x)
 
 
 @pytest.mark.parametrize(("name", "device"), [*((name, "cpu") for name in CASES), *((name, "cuda") for name in AT_ONCE[:3])])
@@ -165,16 +167,17 @@ def test_nothing_in_a_sequence_reaches_another(name, device):
     """Neither value nor gradient nor tangent, where every array of one sequence is NaN, and its tangents and cotangents are."""
     with jax.enable_x64(True), layers.compiling_for(device):
         rows, weights = arguments(name)
-        bad = tuple(spoilt(x) for x in rows)
 
         @jax.jit
-        def run(rows):
-            out, pull = jax.vjp(lambda rows: packed(name)(rows, weights)[0], rows)
-            dout = spoilt(jnp.cos(out))
-            return out, pull(dout)[0], jax.jvp(lambda rows: packed(name)(rows, weights)[0], (rows,), (rows,))[1]
+        def run(rows, ids, hit):
+            fn = lambda rows: CASES[name][0](rows, weights, segment_ids=ids)[0]
+            out, pull = jax.vjp(fn, rows)
+            return out, pull(spoilt(jnp.cos(out), hit))[0], jax.jvp(fn, (rows,), (rows,))[1]
 
-        for got, right in zip(jax.tree.leaves(run(bad)), jax.tree.leaves(run(rows)), strict=True):
-            np.testing.assert_allclose(np.asarray(got)[~HIT], np.asarray(right)[~HIT], rtol=1e-12, atol=1e-13)
+        for ids, hit in ((IDS, HIT), (ACROSS, ACROSS == 1)):
+            bad = tuple(spoilt(x, hit) for x in rows)
+            for got, right in zip(jax.tree.leaves(run(bad, ids, hit)), jax.tree.leaves(run(rows, ids, hit)), strict=True):
+                np.testing.assert_allclose(np.asarray(got)[~hit], np.asarray(right)[~hit], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.devices(8)
