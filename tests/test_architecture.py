@@ -103,6 +103,7 @@ def test_engine_of_custom_vjp_uses_public_names_of_jax_alone():
     assert all(name.split(".")[1] != "interpreters" for name, _ in imports(path) if name.startswith("jax."))
     assert {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "compat"} == {
         "is_key",
+        "may_be_batched",
         "varying_axes",
     }
 

@@ -37,6 +37,7 @@ __all__ = [
     "is_key",
     "linearized",
     "match_placement",
+    "may_be_batched",
     "missing_of_cudnn",
     "on_first_device",
     "open_jaxpr",
@@ -183,6 +184,11 @@ def linearized(arrays: Sequence[Any], rule: Callable[..., tuple[list[Any], Calla
         with _jax.set_current_trace(trace.tangent_trace), _jax.set_name_stack(trace._name_stack_suffix()):
             dots = push([t for t, m in zip(tangents, moving, strict=True) if m])
         return [y if type(t) is SymbolicZero else _jax.LinearizeTracer(trace, y, t) for y, t in zip(outputs, dots, strict=True)]
+
+
+def may_be_batched(arrays: Sequence[Any]) -> bool:
+    """Whether `jax.vmap` may be tracing with some of the arrays as its batch."""
+    return _jax.BatchTracer is None or any(isinstance(x, _jax.BatchTracer) for x in arrays)
 
 
 def define_linear_primitive(

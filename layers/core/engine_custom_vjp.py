@@ -8,6 +8,7 @@ be differentiated counts as being so, and `needs_input_grad` says that.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,8 +57,8 @@ def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
         record, outputs, residuals = recorded(call.name, values, lambda xs: make_record(call, xs, moving), lambda: apply(call, values)[0])
         filled[:] = [record.output.fill]
         ran.append("forward")
-        if len(values) > 1 and not generic:
-            outputs = [_depending_on(values, y) for y in outputs]
+        if len(values) > 1 and not generic and compat.may_be_batched(values):
+            outputs = _depending_on(values, outputs)
         return outputs, GradFn(record, residuals)
 
     def backward(tape: GradFn, cotangents: list[Any]) -> tuple[Any, ...]:
@@ -81,21 +82,23 @@ def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
         ) from error
 
 
-def _depending_on(arrays: Sequence[jax.Array], y: jax.Array) -> jax.Array:
-    """`y`, which `vmap` takes to depend on each of the arrays, and XLA does not.
+def _depending_on(arrays: Sequence[jax.Array], outputs: Sequence[jax.Array]) -> list[jax.Array]:
+    """The outputs, each of which `vmap` takes to depend on all of the arrays, and XLA does not.
 
-    So it is batched where one of them is. The gradient of an output that the whole batch shares would be counted once an element, or refused.
+    So they are batched where one of the arrays is. JAX counts the gradient of an output that the batch shares once an element, or refuses it.
     """
-    if not jnp.issubdtype(y.dtype, np.inexact):
-        return y
-    axes = compat.varying_axes(jax.typeof(y))
-    total = jnp.zeros((), y.dtype)
-    for x in arrays:
-        x = jax.random.key_data(x) if compat.is_key(x) else x
-        zero = lax.select_n(np.True_, x, lax.full_like(x, 0)).any().astype(y.dtype)
-        beyond = compat.varying_axes(jax.typeof(zero)) - axes
-        total += lax.psum(zero, tuple(sorted(beyond))) if beyond else zero
-    return jnp.where(False, total, y)
+    numbers = [jax.random.key_data(x) if compat.is_key(x) else x for x in arrays]
+    differ = [lax.ne(x, x).any() if x.ndim else lax.ne(x, x) for x in numbers]
+    axes = [compat.varying_axes(jax.typeof(d)) for d in differ]
+
+    def depending(y: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(y.dtype, np.inexact):
+            return y
+        own = compat.varying_axes(jax.typeof(y))
+        here = [d if a <= own else lax.psum(d.astype(np.int32), tuple(sorted(a - own))) > 0 for d, a in zip(differ, axes, strict=True)]
+        return lax.select_n(functools.reduce(lax.bitwise_or, here) & False, y, y)
+
+    return list(map(depending, outputs))
 
 
 _ANY_ARRAYS = inspect.Signature([inspect.Parameter("arrays", inspect.Parameter.VAR_POSITIONAL)])

@@ -15,6 +15,7 @@ SHORT_WAY = "the short way of reverse mode: a gradient takes longer to trace"
 LINES = "the source lines of `layers.residuals` and of what `layers.rewrite` leaves as it is"
 UNUSED = "what `layers.residuals` knows of values that are kept and not used: it sees the unused ones of plain operations only"
 REWRITE = "`layers.rewrite`"
+BATCHES = "knowing where a batch is traced: a gradient under the engine of custom_vjp takes longer to trace"
 CUDNN = "attention by cuDNN"
 _CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
 
@@ -41,6 +42,7 @@ NAMES = {
     "user_context": ("jax._src.source_info_util:user_context", LINES),
     "current_name_stack": ("jax._src.source_info_util:current_name_stack", LINES),
     "dce_jaxpr": ("jax._src.interpreters.partial_eval:dce_jaxpr", UNUSED),
+    "BatchTracer": ("jax._src.interpreters.batching:BatchTracer", BATCHES),
     "get_bind_params": ("jax.extend.core:Primitive.get_bind_params", REWRITE),
     "cudnn_masks": (f"{_CUDNN}:MaskType", CUDNN),
     "cudnn_layouts": (f"{_CUDNN}:AttentionLayout", CUDNN),

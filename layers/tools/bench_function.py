@@ -1,4 +1,4 @@
-"""What `Function.apply` costs beside a hand-written `jax.custom_vjp` of the same layer: when it is traced, and when it runs compiled."""
+"""What `Function.apply` costs, by each engine, beside a hand-written `jax.custom_vjp` of the same layer: traced, and compiled."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.core.engine import ENGINES, Engine, engine
 from layers.core.function import Function
 
 CALLS = 24
@@ -49,16 +50,16 @@ linear.defvjp(_forward, _backward)
 
 
 def bench_function(*, rounds: int = 15) -> dict[str, float]:
-    """Times a program of 24 calls written with `Function` and with `jax.custom_vjp`, alternating, in this process.
+    """Times a program of 24 calls written with `Function`, by each engine, and with `jax.custom_vjp`, alternating, in this process.
 
     Args:
         rounds: how often each is timed.
 
     Returns:
-        Seconds (medians) and ratios, `Function` over `custom_vjp`: `trace_gradient` is `jax.jit(jax.grad(f)).trace`, `trace_forward` is
-        `jax.make_jaxpr(f)`, `run` the compiled gradient.
+        Seconds (medians) and ratios, `Function` by the engine of linear operations or by that of `custom_vjp` over the one written by hand:
+        `trace_gradient` is `jax.jit(jax.grad(f)).trace`, `trace_forward` is `jax.make_jaxpr(f)`, `run` the compiled gradient.
     """
-    programs = {"function": LinearFunction.apply, "custom_vjp": linear}
+    programs = {"linear": _under("linear"), "custom_vjp": _under("custom_vjp"), "by_hand": linear}
     args = _arguments()
     compiled = {name: jax.jit(_gradient(layer)).lower(*args).compile() for name, layer in programs.items()}
     kinds: dict[str, Callable[[str], Any]] = {
@@ -70,8 +71,18 @@ def bench_function(*, rounds: int = 15) -> dict[str, float]:
     for kind, once in kinds.items():
         seconds = _medians(once, list(programs), rounds if kind != "run" else 20 * rounds)
         result |= {f"{kind}_{name}": s for name, s in seconds.items()}
-        result[f"{kind}_ratio"] = seconds["function"] / seconds["custom_vjp"]
+        result |= {f"{kind}_{name}_ratio": seconds[name] / seconds["by_hand"] for name in ENGINES}
     return result
+
+
+def _under(name: Engine) -> Callable[..., jax.Array]:
+    """`LinearFunction.apply` by an engine."""
+
+    def apply(*args: jax.Array) -> jax.Array:
+        with engine(name):
+            return LinearFunction.apply(*args)
+
+    return apply
 
 
 def _arguments() -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:

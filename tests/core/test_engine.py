@@ -152,6 +152,10 @@ def test_number_that_is_differentiated_has_its_gradient_under_both_engines():
 # --- what is left without a private name ---
 
 
+def test_this_release_has_every_private_name():
+    assert [name for name, found in private.FOUND.items() if found is None] == []
+
+
 @pytest.fixture
 def without(monkeypatch):
     """Makes the private names at these places absent, as far as `core/compat.py` sees."""
