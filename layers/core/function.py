@@ -37,11 +37,24 @@ class Function:
     - `forward(ctx, *args)` computes the output and keeps on `ctx` what `backward` needs; or `forward(*args)` computes it and
       `setup_context(ctx, inputs, output)` keeps.
     - `backward(ctx, *grad_outputs)` gets one gradient for each output and returns one for each argument, or `None`.
-    - `jvp(ctx, *tangents)`, if written, is forward mode; without it forward mode is derived from `backward`.
+    - `jvp(ctx, *tangents)`, if written, is forward mode; without it forward mode is derived from `backward`, by transposing it. Write one where that
+      cannot be: where `backward` clips or compares its gradient, or calls what JAX does not transpose, such as a kernel or NumPy.
     - `vmap(info, in_dims, *args) -> (output, out_dims)`, if written, is how `forward` is batched (needs `setup_context`).
 
     Arrays (JAX's, NumPy's, traced ones) in the arguments are differentiated, also inside pytrees; anything else goes through untouched.
     Complex gradients follow JAX's convention, `jax.grad`, not the conjugate one of PyTorch.
+
+    `ctx.needs_input_grad` has one flag for each argument of `apply`: whether a gradient with respect to it is being computed. Where it is False
+    nothing need be saved for that gradient, and `backward` may return None. A `backward` that recomputes what `forward` had calls `barrier` first
+    (`layers/core/recompute.py`): otherwise XLA finds that both compute the same, and keeps the value of `forward` in memory until `backward`.
+
+    For `layers.check`, which holds a class to its contract, static methods say where:
+
+    - `example(key, dtype)` returns the arguments of a small call, a tuple, whose axes differ in length and whose values have no symmetry.
+    - `examples(key, dtype)` returns more of them by name, a dict: options that change the rule, and edges (no rows, 1e4, inf where it means
+      something).
+    - `surrogate(*args)` is the function in plain JAX whose gradient `backward` is meant to be, where that is on purpose not the derivative of
+      `forward` (straight-through, reversed, clipped). It takes the arguments of `example` and returns the outputs that have a gradient.
     """
 
     generate_vmap_rule = False
@@ -191,8 +204,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 class forward_mode(contextlib.ContextDecorator):
     """A block or function that uses forward mode: `with layers.forward_mode():` or `@layers.forward_mode()`.
 
-    `jax.jvp`, `jax.jacfwd`, `jax.hessian`, `jax.linearize` go through every `Function` at all times, inside the block and out, compiled
-    in one and called in the other. The block switches nothing; it is there to be read.
+    By the engine "linear" (`layers.engine`) `jax.jvp`, `jax.jacfwd`, `jax.hessian`, `jax.linearize` go through every `Function` at all times, inside
+    the block and out, compiled in one and called in the other. The block switches nothing; it is there to be read.
     """
 
     def __enter__(self) -> forward_mode:

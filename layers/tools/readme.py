@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 
 import layers
+from layers.core.engine import ENGINES, Engine, engine
+from layers.core.function import Function
 from layers.tools import bench_devices
 from layers.tools.bench import GPU_RESULTS, RESULTS, markdown
 from layers.tools.devices import DEVICES
@@ -56,6 +59,31 @@ def devices_table() -> str:
     return bench_devices.markdown({name: results[name] for name in DEVICES})
 
 
+class Scale(Function):
+    """What the README shows the program of."""
+
+    @staticmethod
+    def forward(ctx, x, s):
+        ctx.save_for_backward(x, s)
+        return x * s
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, s = ctx.saved_tensors
+        return dy * s, (dy * x).sum()
+
+
+def engine_programs() -> str:
+    """The program of one `apply` under each engine, as JAX prints it."""
+    x, s = jax.ShapeDtypeStruct((3,), "float32"), jax.ShapeDtypeStruct((), "float32")
+
+    def program(name: Engine) -> str:
+        with engine(name):
+            return str(jax.make_jaxpr(Scale.apply)(x, s))
+
+    return "```\n" + "\n".join(map(program, ENGINES)) + "\n```"
+
+
 def fill(text: str) -> str:
     """The README with its generated parts anew."""
     for mark, make in MADE.items():
@@ -66,6 +94,7 @@ def fill(text: str) -> str:
 
 MADE: dict[str, Callable[[], str]] = {
     "layers": layer_table,
+    "engines": engine_programs,
     "bench": bench_table,
     "gpu": lambda: bench_table(GPU_RESULTS),
     "devices": devices_table,
