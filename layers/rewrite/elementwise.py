@@ -37,7 +37,7 @@ def find_elementwise(graph: Graph, matches: list[Match], named: Sequence[Match])
 
 def _apart(graph: Graph, matches: list[Match], named: Sequence[Match]) -> list[Match]:
     """The activations that lie in no one group."""
-    groups = groups_of(graph, matches)
+    groups = groups_of(graph, matches) if named else []
     return [m for m in named if not any(m.nodes <= g for g in groups)]
 
 

@@ -27,6 +27,12 @@ UNARY = {
     "masked": lambda x: jnp.where(jnp.tril(jnp.ones((N, N), bool)), x, -1e9),
     "diagonal": lambda x: jnp.take_along_axis(x, jnp.arange(N)[:, None] % x.shape[1], axis=1),
     "half": lambda x: x * 0.5,
+    "sin": jnp.sin,
+    "gauss": lambda x: jnp.exp(-x * x),
+    "narrow": lambda x: x.astype(jnp.float32).astype(x.dtype),
+    "dropped": lambda x: jnp.where(jax.random.bernoulli(jax.random.key(1), 0.7, x.shape), x / 0.7, 0),
+    "rotated": lambda x: jnp.concatenate([x[:, N // 2 :] * jnp.sin(x[:, : N // 2]), x[:, : N // 2]], -1),
+    "first column": lambda x: x[:, :1] * jnp.ones((1, N)),
 }
 BINARY = {"add": jnp.add, "sub": jnp.subtract, "mul": jnp.multiply, "dot": lambda a, b: jnp.broadcast_to(a, (N, N)) @ jnp.broadcast_to(b, (N, N))}
 STEPS = st.lists(st.tuples(st.sampled_from([*UNARY, *BINARY, "dot", "mul"]), st.integers(0, 5), st.integers(0, 5)), min_size=4, max_size=12)
@@ -58,3 +64,35 @@ def test_values_and_gradients_are_the_same(steps):
         patterns.pays = before
     for e, a in zip(*(map(np.asarray, jax.tree.leaves(x)) for x in (plain, new)), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-6, atol=1e-8 * (1 + np.abs(e[np.isfinite(e)]).max(initial=0)))
+
+
+def ways(f, x, y, z):
+    """Derivatives of `f` both ways, twice, over a batch, in a loop and with rematerialisation."""
+    slope = lambda x: jax.jvp(lambda x: f(x, y, z), (x,), (y,))[1]
+    batch = jax.vmap(jax.grad(f), (0, None, None))(jnp.stack([x, y]), y, z)
+    looped = lambda x: jax.lax.scan(lambda c, a: (c + 0.1 * jnp.tanh(f(c, y, z)) * a, None), x, jnp.stack([y, z]))[0].sum()
+    return slope(x), jax.grad(slope)(x), batch, jax.grad(looped)(x), jax.grad(jax.checkpoint(f), (0, 1))(x, y, z)
+
+
+GROUPS = ["sin", "gauss", "tanh", "half", "dropped", "rotated", "first column", "relu", "add", "mul", "sub", "dot"]
+SHORT = st.lists(st.tuples(st.sampled_from(GROUPS), st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=7)
+
+
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.given(SHORT)
+def test_groups_are_the_same_under_each_transformation(steps):
+    fn = program(steps)
+    with jax.enable_x64():
+        args = [jax.random.normal(k, (N, N), jnp.float64) for k in jax.random.split(jax.random.key(4), 3)]
+        plain, new = jax.jit(lambda *a: [ways(f, *a) for f in (fn, layers.rewrite(fn))])(*args)
+    for e, a in zip(*(map(np.asarray, jax.tree.leaves(x)) for x in (plain, new)), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-6, atol=1e-8 * (1 + np.abs(e[np.isfinite(e)]).max(initial=0)))
+
+
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.given(SHORT)
+def test_groups_keep_no_more_than_autodiff(steps):
+    fn = program(steps)
+    args = [jax.ShapeDtypeStruct((N, N), jnp.float32)] * 3
+    plain, new = (layers.residuals(f, *args).extra for f in (fn, layers.rewrite(fn)))
+    assert new <= plain
