@@ -127,6 +127,14 @@ def test_there_is_no_import_cycle():
         visit(name, ())
 
 
+def test_families_export_what_the_facade_does():
+    facade = set(re.findall(r"^from layers\.\w+\.\w+ import .*$", (PACKAGE / "__init__.py").read_text(), re.MULTILINE))
+    for family in FAMILIES:
+        lines = [line for line in (PACKAGE / family / "__init__.py").read_text().splitlines() if line.startswith("from ")]
+        assert {line for line in facade if line.startswith(f"from layers.{family}.")} <= set(lines), family
+        assert all(line.startswith(f"from layers.{family}.") for line in lines)
+
+
 def test_facade_holds_one_explicit_line_for_each_name():
     """Below them, what is imported on first use."""
     text = (PACKAGE / "__init__.py").read_text().split("\nif _TYPE_CHECKING:")[0]

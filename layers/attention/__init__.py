@@ -1,0 +1,3 @@
+from layers.attention.dot_product_attention import dot_product_attention as dot_product_attention
+from layers.attention.multi_head_attention import MultiHeadAttention as MultiHeadAttention
+from layers.attention.rotary_embedding import rotary_embedding as rotary_embedding

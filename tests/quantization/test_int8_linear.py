@@ -1,5 +1,7 @@
 """The 8-bit linear layer against its integers in NumPy, its errors, its memory, every transformation."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from layers.quantization import int8_linear as module
 from layers.quantization.int8_linear import Int8Linear, int8_linear
 from tests.support import assert_trees_close, draw_normal, jit_grad, saved_bytes
+
+module = importlib.import_module("layers.quantization.int8_linear")
 
 
 def draw(seed, *shape, dtype=jnp.float32):

@@ -1,6 +1,7 @@
 """Packed sequences: values and gradients are those of the sequences one by one, whatever stands in the others."""
 
 import functools
+import importlib
 import itertools
 
 import jax
@@ -13,12 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 import layers
 import layers.linen
-from layers.recurrent import selective_scan as selective_scan_module
-from layers.recurrent import short_convolution as short_convolution_module
 from tests.recurrent.cells import draw, loss, quick_compilation, short_chunks
 from tests.support import assert_trees_close, jit_grad, temp_bytes
 
 __all__ = ["quick_compilation"]
+
+selective_scan_module = importlib.import_module("layers.recurrent.selective_scan")
+short_convolution_module = importlib.import_module("layers.recurrent.short_convolution")
 
 IDS = np.array([[3, 3, 3, 3, 3, 1, 3, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1, 1]])
 """Packed sequences: of one step, across chunks, and with an id that comes back."""
