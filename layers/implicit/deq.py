@@ -102,6 +102,9 @@ def _check_arrays(what: str, tree: Any) -> None:
     leaves = jax.tree.leaves(tree)
     if not leaves or not all(is_array(leaf) or isinstance(leaf, (float, complex)) for leaf in leaves):
         raise TypeError(f"DEQ: {what} is {checks.shown(tree)}, but must be an array or a pytree of arrays")
+    if what == "z0":
+        for leaf in leaves:
+            checks.array("DEQ", what, leaf, "inexact")
 
 
 def _called(layer: Callable[..., Any], z: Any, x: Any) -> Any:

@@ -109,7 +109,7 @@ def linear_grpo(
     advantages, weight = read_advantages(who, advantages, tokens), tokens.weight
     old = tokens.constant(who, Model("old", old_x, old_kernel, old_bias), old_log_probs, kernel.shape[1], options)
     reference = tokens.constant(who, Model("reference", reference_x, reference_kernel, reference_bias), reference_log_probs, kernel.shape[1], options)
-    held = isinstance(beta, compat.Tracer) or beta != 0
+    held = isinstance(beta, compat.Tracer) or float(beta) != 0
     if held and reference is None:
         raise ValueError(
             f"{who}: beta is {checks.shown(beta)}, which needs a reference: give reference_log_probs, or reference_x and reference_kernel"
@@ -140,7 +140,7 @@ def read_clip(who: str, epsilon: Any, epsilon_high: Any, delta: Any, *, cispo: b
     most = checks.number(who, "delta", delta, "(1, inf)", traced=True, optional=True)
     if most is not None and cispo:
         raise ValueError(f"{who}: delta is {checks.shown(most)}, but must be None with loss_type='cispo', which has none")
-    if most is not None and not any(isinstance(y, compat.Tracer) for y in (most, high)) and not most > 1 + high:
+    if most is not None and not any(isinstance(y, compat.Tracer) for y in (most, high)) and not float(most) > 1 + float(high):
         raise ValueError(f"{who}: delta is {most}, but must be above 1 + epsilon_high = {1 + high}")
     return Clip(low, high, most, cispo)
 

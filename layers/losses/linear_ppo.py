@@ -83,7 +83,7 @@ def linear_ppo(
     advantages, weight = read_advantages(who, advantages, tokens), tokens.weight
     old = tokens.constant(who, Model("old", old_x, old_kernel, old_bias), old_log_probs, kernel.shape[1], Options(**given, reduction="none"))
 
-    rewarded = isinstance(coefficient, compat.Tracer) or coefficient != 0
+    rewarded = isinstance(coefficient, compat.Tracer) or float(coefficient) != 0
     options = Options(**given, reduction="none", return_entropy=rewarded or return_metrics)
     log_prob, _, _, entropy, _ = tokens.under(x, kernel, bias, options)
     log_ratio = log_prob - (lax.stop_gradient(log_prob) if old is None else old)

@@ -130,6 +130,8 @@ def grouped_matmul(
     block_size = checks.integer(who, "block_size", block_size, "[1, 2147483647]", optional=True)
     if not x.shape[0] or not kernels.shape[0]:
         return jnp.zeros((x.shape[0], kernels.shape[2]), jnp.promote_types(x.dtype, kernels.dtype))
+    if jnp.iscomplexobj(x) != jnp.iscomplexobj(kernels):  # what is cast here gets the real part of its gradient
+        x, kernels = (a.astype(jnp.promote_types(x.dtype, kernels.dtype)) for a in (x, kernels))
     block = min(block_size, x.shape[0]) if block_size else block_for(x.shape[0], kernels.shape[0])
     return GroupedMatmulFunction.apply(x, kernels, group_sizes.astype(jnp.int32), block, False)
 

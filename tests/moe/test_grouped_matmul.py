@@ -149,3 +149,13 @@ def test_memory_is_that_of_one_kernel_whatever_the_number_of_groups():
 def test_bad_input_is_an_error(args, error, message):
     with pytest.raises(error, match=f"grouped_matmul: {message}"):
         grouped_matmul(*args)
+
+
+def test_complex_rows_through_real_kernels_have_gradients_of_their_own_kinds():
+    x, kernels = jax.random.normal(jax.random.key(0), (4, 3)) * (1 + 0.5j), jax.random.normal(jax.random.key(1), (2, 3, 2))
+    loss = lambda product: lambda x, k: jnp.abs(product(x, k) - 1).sum()
+    plain = lambda x, k: jnp.concatenate([x[:1] @ k[0], x[1:] @ k[1]])
+    ours, theirs = (jax.jit(jax.grad(loss(f), (0, 1)))(x, kernels) for f in (lambda x, k: grouped_matmul(x, k, jnp.array([1, 3])), plain))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
