@@ -12,6 +12,14 @@ import jax
 
 _INT32, _UINT32, _FLOAT32 = 2**31 - 1, 2**32 - 1, (2 - 2**-23) * 2.0**127
 
+TASKS = {
+    "digits": "handwritten digits",
+    "text": "the source of Python's standard library",
+    "text-fp8": "the same, linear layers in 8 bits",
+    "text-moe": "the same, with experts",
+    "grpo": "digits to be written backwards, by reinforcement learning",
+}
+
 
 def _number(kind: type, least: float, *, most: float = _FLOAT32, strict: bool = False) -> Any:
     """Reads a number from `least`, or from above it where `strict`, to `most`."""
@@ -40,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m layers", description="Layers whose gradient is written by hand.")
     commands = made.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a model built of these layers on data that is on this machine")
-    train.add_argument("--task", choices=("digits", "text"), required=True, help="handwritten digits, or the source of Python's standard library")
+    train.add_argument("--task", choices=TASKS, required=True, help="; ".join(f"{name}: {what}" for name, what in TASKS.items()))
     train.add_argument("--layers", choices=("ours", "flax"), help="whose layers the model is built of; ours by default")
     train.add_argument("--steps", type=_number(int, 1, most=_INT32), help="training steps in all")
     train.add_argument("--batch-size", type=_number(int, 1, most=_INT32), help="examples or sequences in a step")

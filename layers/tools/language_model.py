@@ -12,6 +12,7 @@ from flax import nnx
 
 import layers
 
+Experts = Callable[[int, nnx.Rngs], nnx.Module]
 MODULES: dict[str, ModuleType] = {"ours": layers, "flax": nnx}
 
 
@@ -27,13 +28,14 @@ class PlainMLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention and MLP, or `experts(width, rngs)` in its place."""
 
-    def __init__(self, modules: ModuleType, width: int, heads: int, rngs: nnx.Rngs):
+    def __init__(self, modules: ModuleType, width: int, heads: int, rngs: nnx.Rngs, experts: Experts | None = None):
         self.norm_1 = modules.RMSNorm(width, rngs=rngs)
         self.attention = modules.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
         self.norm_2 = modules.RMSNorm(width, rngs=rngs)
-        self.mlp = layers.MLP(width, 4 * width, rngs=rngs) if modules is layers else PlainMLP(width, 4 * width, rngs=rngs)
+        mlp = layers.MLP if modules is layers else PlainMLP
+        self.mlp: Any = mlp(width, 4 * width, rngs=rngs) if experts is None else experts(width, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attention(self.norm_1(x), is_causal=True)
@@ -49,13 +51,24 @@ class Decoder(nnx.Module):
         modules: `layers` or `flax.nnx`: whose layers it is made of.
         vocab, length, width, depth, heads: its sizes.
         scan: holds the blocks as one with a leading axis, and goes over them in a loop.
+        experts: makes what stands in place of the perceptron of a block.
     """
 
     def __init__(
-        self, modules: ModuleType, rngs: nnx.Rngs, *, vocab: int, length: int, width: int = 128, depth: int = 2, heads: int = 4, scan: bool = False
+        self,
+        modules: ModuleType,
+        rngs: nnx.Rngs,
+        *,
+        vocab: int,
+        length: int,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+        scan: bool = False,
+        experts: Experts | None = None,
     ):
         def block(rngs: nnx.Rngs) -> Block:
-            return Block(modules, width, heads, rngs)
+            return Block(modules, width, heads, rngs, experts)
 
         self.embed = modules.Embed(vocab, width, rngs=rngs)
         self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (length, width)))

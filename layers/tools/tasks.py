@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,36 +15,10 @@ import optax
 from flax import nnx
 
 import layers
+from layers.tools.expert_block import PlainGatedMoE, RoutedExperts, routing_losses
 from layers.tools.language_model import LOSSES, Decoder
-
-
-@dataclass(frozen=True)
-class Task:
-    """One thing to train.
-
-    Attributes:
-        model: makes the model from random streams.
-        draw: `(key, batch size) -> batch` of training data.
-        loss: `(model, batch) -> scalar`.
-        validate: `model -> metrics` by name, on data that is never drawn.
-        unit: what throughput counts, and `per_example` how many of it an example has.
-        steps, batch_size: defaults.
-        data: a digest of the data, which differs where the data does.
-    """
-
-    model: Callable[[nnx.Rngs], Any]
-    draw: Callable[[jax.Array, int], Any]
-    loss: Callable[[Any, Any], jax.Array]
-    validate: Callable[[Any], dict[str, jax.Array]]
-    unit: str
-    per_example: int
-    steps: int
-    batch_size: int
-    data: str
-
-
-def _digest(*arrays: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+from layers.tools.policy_task import backwards
+from layers.tools.task import Task, digest
 
 
 class Classifier(nnx.Module):
@@ -84,28 +56,58 @@ def digits(modules: ModuleType) -> Task:
         right = model(test[0]).argmax(-1) == test[1]
         return {"accuracy": right.mean(), "loss": loss(model, test)}
 
-    return Task(lambda rngs: Classifier(modules, rngs), draw, loss, validate, "images", 1, 600, 128, _digest(images, labels))
+    return Task(lambda rngs: Classifier(modules, rngs), draw, loss, validate, "images", 1, 600, 128, digest(images, labels))
 
 
-def text(modules: ModuleType, *, length: int = 128, files: int = 200) -> Task:
+def text(modules: ModuleType) -> Task:
     """The source of Python's standard library, byte by byte; the last tenth is held out."""
+    return _text(lambda rngs: Decoder(modules, rngs, vocab=256, length=LENGTH), modules)
+
+
+def text_fp8(modules: ModuleType) -> Task:
+    """The same with every product of the linear layers in 8 bits; Flax's are of float32."""
+
+    def model(rngs: nnx.Rngs) -> Decoder:
+        made = Decoder(nnx, rngs, vocab=256, length=LENGTH)
+        if modules is layers:
+            layers.swap(made, fp8=True)
+        return made
+
+    return _text(model, modules)
+
+
+def text_moe(modules: ModuleType) -> Task:
+    """The same with 8 experts in each block in place of the perceptron, 2 of them for each byte."""
+    kind = layers.GatedMoE if modules is layers else PlainGatedMoE
+    experts = lambda width, rngs: RoutedExperts(kind(width, 2 * width, 8, 2, rngs=rngs))
+    return _text(lambda rngs: Decoder(modules, rngs, vocab=256, length=LENGTH, experts=experts), modules)
+
+
+LENGTH = 128
+
+
+def _text(model: Callable[[nnx.Rngs], Any], modules: ModuleType, *, files: int = 200) -> Task:
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:files]
     stream = np.frombuffer(b"\n".join(p.read_bytes() for p in sources), np.uint8)
     cut = len(stream) * 9 // 10
     train, test = jnp.asarray(stream[:cut], jnp.int32), jnp.asarray(stream[cut:], jnp.int32)
 
     def draw(key: jax.Array, size: int) -> jax.Array:
-        starts = jax.random.randint(key, (size, 1), 0, len(train) - length - 1)
-        return train[starts + jnp.arange(length + 1)]
+        starts = jax.random.randint(key, (size, 1), 0, len(train) - LENGTH - 1)
+        return train[starts + jnp.arange(LENGTH + 1)]
 
-    loss = LOSSES["ours" if modules is layers else "flax"]
+    cross_entropy = LOSSES["ours" if modules is layers else "flax"]
+
+    def loss(model: Any, batch: Any) -> jax.Array:
+        with routing_losses() as losses:
+            return sum(losses, cross_entropy(model, batch))
 
     def validate(model: Any) -> dict[str, jax.Array]:
-        count = min(16, len(test) // (length + 1))
-        value = loss(model, test[: count * (length + 1)].reshape(count, length + 1))
+        count = min(16, len(test) // (LENGTH + 1))
+        value = cross_entropy(model, test[: count * (LENGTH + 1)].reshape(count, LENGTH + 1))
         return {"loss": value, "bits_per_byte": value / np.log(2)}
 
-    return Task(lambda rngs: Decoder(modules, rngs, vocab=256, length=length), draw, loss, validate, "bytes", length, 300, 16, _digest(stream))
+    return Task(model, draw, loss, validate, "bytes", LENGTH, 300, 16, digest(stream))
 
 
-TASKS: dict[str, Callable[[ModuleType], Task]] = {"digits": digits, "text": text}
+TASKS: dict[str, Callable[[ModuleType], Task]] = {"digits": digits, "text": text, "text-fp8": text_fp8, "text-moe": text_moe, "grpo": backwards}
