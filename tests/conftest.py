@@ -24,8 +24,8 @@ import pytest
 
 from tests import contexts
 
-OPTIMIZED = ("tests.activations", "tests.losses.test_cross_entropy")
-"""Modules and packages that are compiled as users compile: they compare the last bit of float32 with that of NumPy or another program.
+OPTIMIZED = ("tests.activations", "tests.core.test_transforms", "tests.losses.test_cross_entropy")
+"""Modules and packages that are compiled as users compile: they run long, or compare the last bit of float32 with that of NumPy or another program.
 
 Compilation takes most of the time of the others, and is quicker without LLVM's optimisations. What XLA plans for memory is the same with and without,
 and with either of its emitters.

@@ -12,7 +12,7 @@ from flax import nnx
 
 import layers
 import layers.linen
-from tests.support import assert_trees_close, jit_grad, jit_value_and_grad, temp_bytes
+from tests.support import assert_trees_close, temp_bytes
 
 X = jnp.linspace(-1.0, 1.0, 24).reshape(2, 3, 4)
 
@@ -77,7 +77,7 @@ def test_derived_modules_under_linen_scan_and_remat_have_the_gradient_of_the_for
     def loss(variables):
         return jnp.sum(jnp.sin(stack.apply(variables, X, None)[0]))
 
-    expected = jit_grad(lambda p: jnp.sum(jnp.sin(_by_hand(p, X))))(variables["params"])
+    expected = jax.grad(lambda p: jnp.sum(jnp.sin(_by_hand(p, X))))(variables["params"])
     given = jax.jit(jax.grad(loss))(variables)["params"]
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=2e-4, atol=2e-5), given, expected)
 
@@ -339,7 +339,7 @@ def test_model_of_them_learns_under_linen_scan_and_remat():
             y, state = net.apply({**variables, "params": params}, BATCH, mutable=["batch_stats", "intermediates"], rngs={"dropout": key})
             return jnp.mean((y - target) ** 2), state
 
-        (value, state), grads = jit_value_and_grad(loss, has_aux=True)(variables["params"])
+        (value, state), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
         return value, state, {"params": jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], grads), "batch_stats": state["batch_stats"]}
 
     losses = []

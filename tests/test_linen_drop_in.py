@@ -13,7 +13,7 @@ from flax.core import meta
 
 from layers import linen as nn
 from tests.linen_models import MODELS
-from tests.support import assert_trees_close, jit_value_and_grad, planned_bytes, temp_bytes
+from tests.support import assert_trees_close, planned_bytes, temp_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
 
@@ -45,7 +45,7 @@ def step_of(model, batch, loss):
             logits, written = model.apply({"params": params, **rest}, *batch, mutable=list(rest))
             return loss(logits), written
 
-        (value, written), grads = jit_value_and_grad(scored, has_aux=True)(variables["params"])
+        (value, written), grads = jax.value_and_grad(scored, has_aux=True)(variables["params"])
         updates, moments = optimizer.update(grads, moments)
         return {"params": optax.apply_updates(variables["params"], updates), **rest, **written}, moments, value
 

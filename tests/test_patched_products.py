@@ -13,7 +13,7 @@ from flax import nnx
 
 import layers
 from layers.core.products import products_are_patched
-from tests.support import assert_trees_close, draw_normal, jit_value_and_grad
+from tests.support import assert_trees_close
 
 TOKENS = jnp.array([[1, 2, 3, 0], [4, 4, 1, 2]])
 
@@ -96,10 +96,10 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_what_is_traced_under_a_patch_leaves_nothing_behind(name):
     """No product is taken from a cache that was filled under the patch, nor under it from one that was filled before."""
-    x = draw_normal(0, (8, 8 + list(CALLS).index(name)))  # of a shape of its own, so that no other test fills the cache
+    x = jax.random.normal(jax.random.key(0), (8, 8 + list(CALLS).index(name)))  # of a shape of its own, so that no other test fills the cache
 
     def program():
-        run = jit_value_and_grad(lambda x, w: jnp.sin(CALLS[name](x, w)).sum(), (0, 1))
+        run = jax.value_and_grad(lambda x, w: jnp.sin(CALLS[name](x, w)).sum(), (0, 1))
         return Counter(operations(jax.make_jaxpr(run)(x, x.T).jaxpr))
 
     with halved_products():

@@ -13,9 +13,9 @@ from layers.quantization.int8_linear import int8_linear
 from layers.quantization.residual_vector_quantize import residual_vector_quantize
 from layers.quantization.ternarize import ternarize
 from layers.quantization.vector_quantize import VectorQuantizer, vector_quantize
-from tests.support import assert_trees_close, draw_normal, jit_value_and_grad
+from tests.support import assert_trees_close
 
-X, BOOK, BIAS = (draw_normal(i, shape) for i, shape in enumerate([(16, 5, 4), (6, 4), (6,)]))
+X, BOOK, BIAS = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(16, 5, 4), (6, 4), (6,)]))
 LAYERS = {
     "vector_quantize": lambda x, book, _: vector_quantize(x, book, gradient="rotation"),
     "residual_vector_quantize": lambda x, book, _: residual_vector_quantize(x, (book, book[:4] / 2)),
@@ -34,7 +34,7 @@ def both(name):
         out = LAYERS[name](*args)
         return sum((jnp.sin(y + 1) * (1 + i)).sum() for i, y in enumerate(jax.tree.leaves(out)) if y.dtype == jnp.float32), out
 
-    return jit_value_and_grad(loss, (0, 1, 2), has_aux=True)
+    return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
 
 
 @pytest.fixture(scope="module")

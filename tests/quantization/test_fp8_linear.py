@@ -12,9 +12,9 @@ from flax import nnx
 import layers
 from layers.quantization.fp8_linear import Fp8Linear, fp8_linear
 from layers.quantization.narrow_floats import E4M3, E5M2, narrow_product, rounded
-from tests.support import assert_trees_close, draw_normal, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, saved_bytes, temp_bytes
 
-X, KERNEL, BIAS, DY = (draw_normal(i, s) for i, s in enumerate([(50, 40), (40, 7), (7,), (50, 7)]))
+X, KERNEL, BIAS, DY = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(50, 40), (40, 7), (7,), (50, 7)]))
 SCALINGS = pytest.mark.parametrize("scaling", ["tensor", "channel"])
 
 
@@ -171,7 +171,7 @@ class Model(nnx.Module):
 
 
 def test_swap_puts_it_where_sizes_and_options_allow_it():
-    model, x = Model(nnx.Rngs(0)), draw_normal(0, (20, 32))
+    model, x = Model(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (20, 32))
     before = model(x)
     report = layers.swap(model, fp8=True)
     assert [type(m) for m in (model.fits, model.odd, model.precise, model.ours)] == [Fp8Linear, layers.Linear, nnx.Linear, Fp8Linear]

@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from layers.quantization.int8_linear import Int8Linear, int8_linear
-from tests.support import assert_trees_close, draw_normal, jit_grad, saved_bytes
+from tests.support import assert_trees_close, saved_bytes
 
 module = importlib.import_module("layers.quantization.int8_linear")
 
 
 def draw(seed, *shape, dtype=jnp.float32):
-    return draw_normal(seed, shape, dtype)
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
 X, KERNEL, BIAS, DY = draw(0, 12, 40), draw(1, 40, 7), draw(2, 7), draw(3, 12, 7)
@@ -139,7 +139,7 @@ def test_what_is_not_finite_stays_visible():
 
 
 def grads_of(x, kernel, bias):
-    return jit_grad(lambda *a: (int8_linear(*a) * DY).sum(), (0, 1, 2))(x, kernel, bias)
+    return jax.grad(lambda *a: (int8_linear(*a) * DY).sum(), (0, 1, 2))(x, kernel, bias)
 
 
 EXPECTED = by_hand(*(np.asarray(a, np.float64) for a in (X, KERNEL, BIAS, DY)))[1]
@@ -148,7 +148,7 @@ TRANSFORMS = {
     "remat": jax.jit(lambda *a: jax.grad(jax.checkpoint(lambda *a: (int8_linear(*a) * DY).sum()), (0, 1, 2))(*a)),
     "vmap": lambda *a: [g[1] for g in jax.jit(jax.vmap(grads_of))(*(jnp.stack([0 * x, x]) for x in a))],
     "scan": lambda *a: jax.jit(
-        lambda *a: jit_grad(lambda *a: jax.lax.scan(lambda c, _: (c + (int8_linear(*a) * DY).sum() / 2, None), 0.0, None, 2)[0], (0, 1, 2))(*a)
+        lambda *a: jax.grad(lambda *a: jax.lax.scan(lambda c, _: (c + (int8_linear(*a) * DY).sum() / 2, None), 0.0, None, 2)[0], (0, 1, 2))(*a)
     )(*a),
     "shard_map": jax.jit(jax.shard_map(grads_of, mesh=Mesh(np.array(jax.devices()[:2]), ("d",)), in_specs=P(), out_specs=P())),
 }
@@ -180,7 +180,7 @@ def test_forward_mode_is_that_of_the_dequantised_product():
 
 def test_a_second_derivative_is_refused():
     with pytest.raises(RuntimeError, match="twice"):
-        jit_grad(lambda x: jit_grad(lambda x: (int8_linear(x, KERNEL) ** 2).sum())(x).sum())(X)
+        jax.grad(lambda x: jax.grad(lambda x: (int8_linear(x, KERNEL) ** 2).sum())(x).sum())(X)
 
 
 # The module
@@ -195,7 +195,7 @@ def test_module_holds_and_computes_what_that_of_flax_does():
 
 def test_module_rounds_at_random_with_a_key():
     layer = Int8Linear(40, 7, gradient_rounding="stochastic", rngs=nnx.Rngs(0))
-    grads = [jit_grad(lambda x, i=i: (layer(x, key=jax.random.key(i)) * DY).sum())(X) for i in range(2)]
+    grads = [jax.grad(lambda x, i=i: (layer(x, key=jax.random.key(i)) * DY).sum())(X) for i in range(2)]
     assert (grads[0] != grads[1]).any()
     with pytest.raises(ValueError, match="takes a key"):
         layer(X)

@@ -9,7 +9,7 @@ import pytest
 
 import layers
 from layers.core.bits import pack_bits, unpack_bits
-from tests.support import draw_normal, jit_grad, saved_bytes
+from tests.support import saved_bytes
 
 X = jnp.array([[-2.0, -1.0, -0.4], [0.0, 0.3, 1.5]])
 DY = jnp.array([[1.0, -2.0, 0.5], [3.0, 4.0, -0.25]])
@@ -106,8 +106,8 @@ def test_absmax_step_clips_nothing_but_the_lowest(axis):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_largest_entry_of_each_channel_keeps_its_gradient(dtype):
-    x = draw_normal(0, (1000, 8), dtype)
-    np.testing.assert_array_equal(jit_grad(lambda x: layers.fake_quantize(x, bits=4, axis=0).sum())(x), jnp.ones_like(x))
+    x = jax.random.normal(jax.random.key(0), (1000, 8), dtype)
+    np.testing.assert_array_equal(jax.grad(lambda x: layers.fake_quantize(x, bits=4, axis=0).sum())(x), jnp.ones_like(x))
 
 
 def test_zero_step_and_zero_input_are_finite():
@@ -164,7 +164,7 @@ def test_bad_options_are_errors(call, message):
 
 def test_learned_step_is_pulled_by_entries_at_the_clipping_levels():
     """Equation 3 of the paper: what is not strictly inside has the slope of its level."""
-    dx, ds = jit_grad(lambda x, s: jnp.sum(layers.fake_quantize(x, s, bits=4)), (0, 1))(jnp.array([7.0, 8.0]), jnp.float32(1.0))
+    dx, ds = jax.grad(lambda x, s: jnp.sum(layers.fake_quantize(x, s, bits=4)), (0, 1))(jnp.array([7.0, 8.0]), jnp.float32(1.0))
     np.testing.assert_allclose(dx, [0, 0])
     np.testing.assert_allclose(ds, 14 / np.sqrt(14), rtol=1e-6)
 
@@ -189,7 +189,7 @@ def test_finite_scalar_quantiser_stays_within_its_levels(levels):
 
 
 def test_two_levels_are_taken_by_half_of_normal_inputs_each():
-    x = draw_normal(0, (10000, 3))
+    x = jax.random.normal(jax.random.key(0), (10000, 3))
     y, index = layers.finite_scalar_quantize(x, (2, 2, 2))
     np.testing.assert_array_equal(y, np.where(x > 0, 0, -1))
     np.testing.assert_allclose(np.bincount(np.asarray(index), minlength=8), 1250, atol=200)
@@ -210,7 +210,7 @@ def test_indices_and_codes_of_the_grid_go_there_and_back(levels):
 
 
 def test_quantised_features_are_the_codes_of_their_indices():
-    x = 2 * draw_normal(0, (4, 7, 3))
+    x = 2 * jax.random.normal(jax.random.key(0), (4, 7, 3))
     y, index = layers.finite_scalar_quantize(x, (8, 5, 2))
     np.testing.assert_array_equal(y, layers.finite_scalar_codes(index, (8, 5, 2)))
     np.testing.assert_array_equal(index, layers.finite_scalar_indices(y, (8, 5, 2)))

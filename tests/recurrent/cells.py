@@ -8,11 +8,10 @@ from flax import nnx
 
 from layers.core.blocks import block_size
 from layers.recurrent import gates
-from tests.support import draw_normal
 
 
 def draw(seed, shape, dtype=jnp.float64):
-    return draw_normal(seed, shape, dtype)
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
 def loss(tree):

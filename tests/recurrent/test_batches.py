@@ -14,7 +14,7 @@ from layers.recurrent.lstm import lstm
 from layers.recurrent.short_convolution import short_convolution
 from layers.recurrent.state_space_dual import state_space_dual
 from tests.recurrent.cells import draw, loss, short_chunks
-from tests.support import assert_trees_close, jit_value_and_grad
+from tests.support import assert_trees_close
 
 X, W, R = draw(0, (8, 5, 4), jnp.float32), draw(1, (4, 8), jnp.float32), draw(2, (2, 8), jnp.float32)
 
@@ -68,7 +68,7 @@ def expected():
 
 def both(fn):
     """The outputs, and the gradient of every argument."""
-    return jit_value_and_grad(lambda *args: (loss(out := fn(*args)), out), (0, 1, 2), has_aux=True)
+    return jax.value_and_grad(lambda *args: (loss(out := fn(*args)), out), (0, 1, 2), has_aux=True)
 
 
 @pytest.mark.devices(8)

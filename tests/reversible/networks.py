@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.reversible.reversible_stack import ReversibleStack
-from tests.support import jit_grad
 
 
 class Block(nnx.Module):
@@ -77,4 +76,4 @@ def by_coupling(grads: Any, scan: bool) -> list[Any]:
 def program(model: Any) -> tuple[Any, Any]:
     """A pure function `(state, x) -> gradients`, and the state."""
     graph, state = nnx.split(model)
-    return (lambda state, x: jit_grad(lambda s, x: loss(nnx.merge(graph, s, copy=True)(x)), argnums=(0, 1), allow_int=True)(state, x)), state
+    return (lambda state, x: jax.grad(lambda s, x: loss(nnx.merge(graph, s, copy=True)(x)), argnums=(0, 1), allow_int=True)(state, x)), state

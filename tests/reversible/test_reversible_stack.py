@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from layers.dropout.dropout import Dropout
 from layers.reversible.reversible_stack import ReversibleStack
 from tests.reversible.networks import Block, Plain, by_coupling, loss, maker, program, stack_of, value_and_grads
-from tests.support import assert_trees_close, draw_normal, jit_grad, planned_bytes, saved_bytes, temp_bytes
+from tests.support import assert_trees_close, planned_bytes, saved_bytes, temp_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")
 """Flax writes float64 statistics to float32 ones."""
@@ -22,7 +22,7 @@ EXACT = pytest.mark.parametrize("exact", [False, True], ids=["float", "exact"])
 
 
 def draw(seed, shape, dtype=jnp.float32):
-    return draw_normal(seed, shape, dtype)
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
 # Values and gradients
@@ -371,7 +371,7 @@ def test_no_couplings_are_the_identity(scan):
     x = draw(0, (4, 6))
     stack = stack_of(maker(), 0, scan=scan)
     np.testing.assert_array_equal(stack(x), x)
-    np.testing.assert_array_equal(jit_grad(lambda x: stack(x).sum())(x), jnp.ones_like(x))
+    np.testing.assert_array_equal(jax.grad(lambda x: stack(x).sum())(x), jnp.ones_like(x))
 
 
 @SCAN
