@@ -40,6 +40,10 @@ LAYERS = {
     "linear_recurrence": (layers.linear_recurrence, lambda: normal((700, 3), (700, 3), (3,))),
     "linear_recurrence, complex": (lambda a, b: layers.linear_recurrence(a + 0.3j, b - 1j, axis=1).real, lambda: normal((2, 50), (2, 50))),
     "selective_scan": (layers.selective_scan, scan_arguments),
+    "short_convolution": (
+        lambda x, k, b: layers.short_convolution(x, k, b, activation="silu"),
+        lambda: normal((2, 300, 3), (4, 3), (3,)),
+    ),
     "gated_linear_attention": (
         lambda q, k, v, g: layers.gated_linear_attention(q, k, v, -jnp.abs(g)),
         lambda: normal((2, 300, 2, 4), (2, 300, 2, 4), (2, 300, 2, 3), (2, 300, 2, 4)),
@@ -62,7 +66,8 @@ def errors(got, exact):
 def value_and_gradients(fn, args):
     def program(*args):
         out, pull = jax.vjp(fn, *args)
-        return out, pull(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+        cotangent = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).astype(jnp.bfloat16)  # the same numbers in every dtype
+        return out, pull(cotangent.reshape(out.shape).astype(out.dtype))
 
     return jax.jit(program)(*args)
 
@@ -178,6 +183,27 @@ def test_errors_in_bfloat16_are_not_above_those_of_autodiff(name, on_a_gpu):
 
     for mine, their in zip(errors(ours, exact), errors(theirs, exact), strict=True):
         assert mine <= 1.02 * their
+
+
+def test_errors_of_a_bfloat16_convolution_are_not_above_those_of_plain_code(on_a_gpu):
+    args = normal((2, 300, 16), (4, 16), dtype=jnp.bfloat16)
+
+    def plain(x, kernel):
+        steps = [jnp.pad(x, ((0, 0), (3 - i, 0), (0, 0)))[:, : x.shape[1]] for i in range(4)]
+        return jax.nn.silu(sum(k * s for k, s in zip(kernel, steps, strict=True)))
+
+    with jax.enable_x64(True):
+        exact = value_and_gradients(plain, [x.astype(jnp.float64) for x in args])
+    ours = value_and_gradients(lambda x, k: layers.short_convolution(x, k, activation="silu"), args)
+    assert all(a <= b for a, b in zip(errors(ours, exact), errors(value_and_gradients(plain, args), exact), strict=True))
+
+
+def test_tangents_of_a_convolution_are_those_of_a_cpu():
+    x, kernel = normal((1, 9, 3), (4, 3))
+    tangent = lambda x: jax.jvp(lambda x: layers.short_convolution(x, kernel, activation="silu"), (x,), (jnp.cos(x),))[1]
+    with layers.compiling_for("cuda"):
+        there = tangent(x)
+    np.testing.assert_allclose(there, tangent(x), rtol=1e-5, atol=1e-6)
 
 
 def mixture_divergence(q, p, beta=0.4):

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from layers.core import checks
 from layers.core.elementwise import ACTIVATIONS
 from layers.core.function import Function
-from layers.core.machine import UNLIMITED, choose
+from layers.core.machine import UNLIMITED, choose, platform
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.zeros import lie_like
@@ -64,7 +64,7 @@ class ShortConvolutionFunction(Function):
             window, together = _window(x, initial, runs, start, size, len(kernel))
             da = cut_rows(dout, start, size, dtype)
             if ctx.activation is not None:
-                da = ACTIVATIONS[ctx.activation].pull(_convolved(window, together, kernel, bias), da)
+                da = _kept_narrow(ACTIVATIONS[ctx.activation].pull(_convolved(window, together, kernel, bias), da), x.dtype)
             dwindow = jnp.pad(dbefore, ((0, 0), (size, 0), (0, 0)))
             for i, keep in enumerate(together):
                 dwindow = dwindow + jnp.pad(visible(da, keep) * kernel[i].astype(dtype), ((0, 0), (i, before - i), (0, 0)))
@@ -101,6 +101,11 @@ def _before(x: jax.Array, initial: Any, start: Any, width: int) -> jax.Array:
     if isinstance(start, int) and start == 0:
         return first
     return jnp.where(start == 0, first, lax.dynamic_slice_in_dim(x, jnp.maximum(start - width + 1, 0), width - 1, 1))
+
+
+def _kept_narrow(da: jax.Array, dtype: Any) -> jax.Array:
+    """da, which several sums read: on a GPU, where it is there for all steps at once, it is kept in the dtype of x, in the place of dx."""
+    return barrier((), da.astype(dtype))[1].astype(da.dtype) if platform() in ("cuda", "rocm") else da
 
 
 def _seen(window: jax.Array, i: int, keep: Any, size: int) -> jax.Array:
