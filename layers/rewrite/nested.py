@@ -1,4 +1,4 @@
-"""Enters the functions that operations hold, scans, loops, branches, rematerialised and jitted ones, and rewrites them too."""
+"""Enters the functions that operations hold, scans, loops, branches, rematerialised, jitted and mapped ones, and rewrites them too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def enter(n: Node, rewritten: Enter) -> Callable[..., Sequence[Any]] | None:
     """How to run a node that holds functions, rewritten; None to leave it."""
     if n.name in REMAT:
         return _remat(n, rewritten)
-    rule = {"scan": _scan, "while": _while, "cond": _cond}.get(n.name, _jit if n.name in INLINED else None)
+    rule = {"scan": _scan, "while": _while, "cond": _cond, "shard_map": _shard_map}.get(n.name, _jit if n.name in INLINED else None)
     return None if rule is None else rule(n, rewritten)
 
 
@@ -104,3 +104,13 @@ def _jit(n: Node, rewritten: Enter) -> Callable[..., Sequence[Any]] | None:
             return n.eqn.primitive.bind(*args, **{**n.params, "jaxpr": new})
 
     return run
+
+
+def _shard_map(n: Node, rewritten: Enter) -> Callable[..., Sequence[Any]] | None:
+    """What each device does; values known outside are whole there, and so not known inside."""
+    p = n.params
+    body = _closed(p["jaxpr"], rewritten, {}, "shard_map")
+    if body is None:
+        return None
+    options = {name: p[name] for name in ("mesh", "in_specs", "out_specs", "check_vma")}
+    return jax.shard_map(lambda *args: tuple(body(*args)), axis_names=frozenset(p["newly_manual_axes"]), **options)

@@ -80,6 +80,7 @@ def _find_statistic(n: Node) -> Statistic | None:
     nodes = {n}
     a = before_casts(n.inputs[0], nodes)
     found = with_number(a.node) if a.node is not None and a.node.name == "add" else None
+    need(found is not None or not _has_epsilon_inside(a), "epsilon is added inside the mean, to each number")
     if found is None or a.node is None:
         return None
     epsilon, square = found
@@ -98,6 +99,14 @@ def _find_statistic(n: Node) -> Statistic | None:
     need(axes is not None and [q for q in flat(axes) if follow.of_base([q])] == s.rows, "the statistic does not lie beside the rows that it is of")
     need(epsilon >= 0, "epsilon is negative")
     return s
+
+
+def _has_epsilon_inside(v: Value) -> bool:
+    """Whether `v` is the mean of squares that each had a number added."""
+    mean = _mean(v, set())
+    inside = before_casts(mean[0], set()).node if mean is not None else None
+    added = with_number(inside) if inside is not None and inside.name == "add" else None
+    return added is not None and _squared(before_casts(added[1], set()), set()) is not None
 
 
 def _unlaid(v: Value, nodes: set[Node]) -> Value:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.rewrite.support import assert_same, assert_same_value, replaced
+from tests.rewrite.support import assert_same, assert_same_value, reasons, replaced
 
 CASES = {}
 keys = iter(jax.random.split(jax.random.key(0), 200))
@@ -150,3 +150,7 @@ def test_part_is_replaced_where_it_fits_and_nothing_changes(name, everything_pay
     fn, expected, args = CASES[name]
     assert replaced(fn, *args, skip="elementwise") == expected.split()
     assert_same(fn, args) if expected else assert_same_value(fn, args)
+
+
+def test_epsilon_inside_the_mean_is_reported():
+    assert reasons(epsilon_inside_the_mean, x, w) == ["epsilon is added inside the mean, to each number"]

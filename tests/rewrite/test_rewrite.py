@@ -173,3 +173,10 @@ def test_bad_input_is_an_error(call, error, text):
 def test_report_says_where_a_backward_pass_is_in_it_already():
     assert "not the other way round" in str(layers.rewrite(jax.grad(plain_llama.loss)).report(PARAMS, TOKENS))
     assert "not the other way round" not in str(layers.rewrite(plain_llama.loss).report(PARAMS, TOKENS))
+
+
+def test_body_of_shard_map_is_entered():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(lambda p, t: jax.lax.pmean(plain_llama.loss(p, t), "d"), mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+    report = layers.rewrite(mapped).report(PARAMS, jnp.zeros((8, 9), int))
+    assert {r.name for r in report.replaced if "in shard_map" in r.layer} >= {"dot_product_attention", "rms_norm", "gated_mlp"}
