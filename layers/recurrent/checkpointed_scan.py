@@ -137,10 +137,13 @@ def _while_going_on(body_fun: Callable[[Any], Any], going_on: Any, state: Any) -
     """`body_fun(state)`, all of whose gradients are 0 where `going_on` is not set.
 
     Under `jax.vmap` it is computed for elements that have ended as well, from a state for which it need not be defined: what comes back from there
-    may be 0 times infinity. So whatever it depends on is held where it has ended.
+    may be 0 times infinity. So whatever it depends on is held where it has ended; but for what devices share that end apart, which the jaxpr holds
+    to be shared.
     """
     closed, shapes = jax.make_jaxpr(body_fun, return_shape=True)(state)
-    hold = lambda x: jnp.where(going_on, x, lax.stop_gradient(x)) if is_inexact(x) else x
+    apart = compat.varying_axes(jax.typeof(going_on))
+    held = lambda x: is_inexact(x) and compat.varying_axes(jax.typeof(x)) >= apart
+    hold = lambda x: jnp.where(going_on, x, lax.stop_gradient(x)) if held(x) else x
     outs = eval_jaxpr(closed.jaxpr, [hold(c) for c in closed.consts], *map(hold, jax.tree.leaves(state)))
     return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
