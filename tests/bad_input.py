@@ -265,17 +265,17 @@ def _with_gradient(run: Run, arguments: dict[str, Any], through_jit: str | None,
         return [y for y in jax.tree.leaves(run(now)) if isinstance(y, jax.Array)]
 
     def whole(*given: Any) -> list[Any]:
-        moving = [i for i, n in enumerate(names) if _is_data(arguments[n])]
-        if not moving:
+        differentiated = [i for i, n in enumerate(names) if _is_data(arguments[n])]
+        if not differentiated:
             return call(*given)
 
         def of_moving(*moved: Any) -> list[Any]:
             now = list(given)
-            for i, x in zip(moving, moved, strict=True):
+            for i, x in zip(differentiated, moved, strict=True):
                 now[i] = x
             return call(*now)
 
-        outputs, pull = jax.vjp(of_moving, *[given[i] for i in moving])
+        outputs, pull = jax.vjp(of_moving, *[given[i] for i in differentiated])
         return [*outputs, *pull([jnp.ones_like(y) if jnp.issubdtype(y.dtype, np.inexact) else np.zeros(y.shape, jax.dtypes.float0) for y in outputs])]
 
     return whole, [arguments[n] for n in names]

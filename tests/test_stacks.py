@@ -61,12 +61,12 @@ class Stack(NamedTuple):
 
 def stack(depth, cls, args, plain=None) -> Stack:
     leaves, tree = jax.tree.flatten(args)
-    places = [i for i, x in enumerate(leaves) if has_gradient(x)]
-    first, *rest = (jnp.asarray(leaves[i]) for i in places)
+    indices = [i for i, x in enumerate(leaves) if has_gradient(x)]
+    first, *rest = (jnp.asarray(leaves[i]) for i in indices)
 
     def outputs(fn, moved):
         now = list(leaves)
-        for i, x in zip(places, moved, strict=True):
+        for i, x in zip(indices, moved, strict=True):
             now[i] = x
         return [y for y in jax.tree.leaves(fn(*tree.unflatten(now))) if has_gradient(y)]
 

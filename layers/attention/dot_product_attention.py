@@ -46,7 +46,7 @@ from layers.core.constants import refuse_gradient
 from layers.core.function import Function
 from layers.core.numerics import dot, scaled, wide
 from layers.core.recompute import barrier
-from layers.core.zeros import lie_like
+from layers.core.sharding import sharded_as
 from layers.kernels.attention import KERNELS
 from layers.kernels.dispatch import NAMES, choose
 
@@ -93,7 +93,7 @@ class DotProductAttentionFunction(Function):
             part = dot("bkgqs,bskh->bkgqh", mp * ds, tile.finite(tile.keys(v))) + dot("bkgqs,bskh->bkgqh", mp, dvt)
             return tile.add(dout, merge_heads(part), 0), tile.add(dlse, merge_heads((p * ds).sum(-1)), 0)
 
-        dout, dlse = grid.fold(step, (lie_like(jnp.zeros(out.shape, dtype), q), lie_like(jnp.zeros(lse.shape, dtype), q)))
+        dout, dlse = grid.fold(step, (sharded_as(jnp.zeros(out.shape, dtype), q), sharded_as(jnp.zeros(lse.shape, dtype), q)))
         if sinks is not None:
             dlse = dlse + sink_weights(sinks, lse) * dsinks.astype(dtype)
         return dout - dlse[..., None] * exact_output(out, lost, dtype), dlse

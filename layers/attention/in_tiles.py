@@ -16,8 +16,9 @@ from layers.attention.plan import Hidden, Options
 from layers.attention.tile import Tile
 from layers.attention.tiles import Grid
 from layers.attention.weights import before_any_key, normalized, sink_weights, sums_of_products, times, weights_of
+from layers.core.deferred import zero_after
 from layers.core.numerics import dot, wide
-from layers.core.zeros import lie_like, zero_after
+from layers.core.sharding import sharded_as
 
 
 def forward(
@@ -39,8 +40,8 @@ def forward(
         part = fade[..., None] * tile.queries(out) + dot("bkgqs,bskh->bkgqh", mp, vt)
         return tile.put(largest, merge_heads(now), 0), total, tile.put(out, merge_heads(part), 0)
 
-    largest, total = (lie_like(jnp.broadcast_to(x, q.shape[:3]), q) for x in before_any_key(sinks, dtype))
-    largest, total, out = grid.fold(step, (largest, total, lie_like(jnp.zeros((*q.shape[:3], v.shape[3]), dtype), q)))
+    largest, total = (sharded_as(jnp.broadcast_to(x, q.shape[:3]), q) for x in before_any_key(sinks, dtype))
+    largest, total, out = grid.fold(step, (largest, total, sharded_as(jnp.zeros((*q.shape[:3], v.shape[3]), dtype), q)))
     out, lost = normalized(grid, out, total, q.dtype)
     lse = jnp.where(total > 0, largest + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)
     return out, lost, lse
@@ -70,9 +71,9 @@ def backward(saved: tuple[Any, ...], dout: jax.Array, dlse: jax.Array | None, op
         return dq, dbias, (dk, in_dk), (dv, in_dv)
 
     zero = zero_after(delta)
-    dq = lie_like(jnp.full(q.shape, zero, dtype), q)
+    dq = sharded_as(jnp.full(q.shape, zero, dtype), q)
     dbias = jnp.full(bias.shape, zero, dtype) if wants_bias and bias is not None else None
-    dk, dv = ((lie_like(jnp.full(x.shape, zero, x.dtype), x), grid.start_total(x, dtype, zero, 1)) for x in (k, v))
+    dk, dv = ((sharded_as(jnp.full(x.shape, zero, x.dtype), x), grid.start_total(x, dtype, zero, 1)) for x in (k, v))
     dq, dbias, (dk, _), (dv, _) = grid.fold(step, (dq, dbias, dk, dv), outer=1)
     dsinks = None if sinks is None else -jnp.sum(sink_weights(sinks, lse) * delta, (0, 1))
     return dq, dk, dv, dbias, dsinks

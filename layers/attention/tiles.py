@@ -16,7 +16,7 @@ from layers.attention.plan import Hidden, Options
 from layers.attention.tile import Layout, Tile
 from layers.core import compat
 from layers.core.numerics import wide
-from layers.core.zeros import lie_like
+from layers.core.sharding import sharded_as
 
 
 class Grid(Layout):
@@ -30,7 +30,7 @@ class Grid(Layout):
 
     def start_total(self, x: jax.Array, dtype: Any, zero: Any, side: int) -> jax.Array | None:
         """What `Tile.add_up` adds up in: one block of `x`, in a wider dtype; None where `x` has that dtype."""
-        return None if x.dtype == dtype else lie_like(jnp.full((x.shape[0], self.blocks[side], *x.shape[2:]), zero, dtype), x)
+        return None if x.dtype == dtype else sharded_as(jnp.full((x.shape[0], self.blocks[side], *x.shape[2:]), zero, dtype), x)
 
     def fold(self, body: Callable[[Any, Tile], Any], carry: Any, *, outer: int = 0) -> Any:
         """`body(carry, tile)` over all tiles, those of a block of the outer side one after the other.

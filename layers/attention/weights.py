@@ -14,7 +14,7 @@ from jax import lax
 from layers.attention.tile import Tile
 from layers.attention.tiles import Grid
 from layers.core.numerics import product, safe_reciprocal
-from layers.core.zeros import lie_like
+from layers.core.sharding import sharded_as
 
 
 def before_any_key(sinks: jax.Array | None, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -44,7 +44,7 @@ def normalized(grid: Grid, out: jax.Array, total: jax.Array, dtype: Any) -> tupl
         rounded = exact.astype(dtype)
         return tile.put(carry[0], rounded, 0), tile.put(carry[1], exact - rounded, 0)
 
-    zeros = lie_like(jnp.zeros(out.shape, dtype), out)
+    zeros = sharded_as(jnp.zeros(out.shape, dtype), out)
     return grid.fold_queries(step, (zeros, zeros))
 
 
@@ -61,7 +61,7 @@ def sums_of_products(grid: Grid, dout: jax.Array, out: jax.Array, lost: jax.Arra
         exact = exact_output(tile.take(out, 0), None if lost is None else tile.take(lost, 0), dtype)
         return tile.put(delta, jnp.sum(times_output(exact, tile.take(dout, 0).astype(dtype)), -1), 0)
 
-    return grid.fold_queries(step, lie_like(jnp.zeros(out.shape[:-1], dtype), out))
+    return grid.fold_queries(step, sharded_as(jnp.zeros(out.shape[:-1], dtype), out))
 
 
 def exact_output(out: jax.Array, lost: jax.Array | None, dtype: Any) -> jax.Array:

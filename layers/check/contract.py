@@ -79,12 +79,12 @@ class _Subject:
         self.fn: Callable[..., Any] = fn if self.cls is None else self.cls.apply
         self.args = args
         leaves, tree = jax.tree.flatten(args)
-        self.places = [i for i, x in enumerate(leaves) if has_gradient(x)]
-        self.moving = [jnp.asarray(leaves[i]) for i in self.places]
+        self.indices = [i for i, x in enumerate(leaves) if has_gradient(x)]
+        self.differentiated = [jnp.asarray(leaves[i]) for i in self.indices]
 
         def call(fn: Callable[..., Any], *moved: Any) -> list[Any]:
             now = list(leaves)
-            for i, x in zip(self.places, moved, strict=True):
+            for i, x in zip(self.indices, moved, strict=True):
                 now[i] = x
             return [y for y in jax.tree.leaves(fn(*tree.unflatten(now))) if has_gradient(y)]
 
@@ -104,7 +104,7 @@ class _Subject:
     @functools.cached_property
     def expected(self) -> tuple[Any, ...]:
         """The gradient at the arguments, without any transformation."""
-        return self.gradient(*self.moving)
+        return self.gradient(*self.differentiated)
 
     @functools.cached_property
     def compiled(self) -> Callable[..., tuple[Any, ...]]:
@@ -119,7 +119,7 @@ class _Subject:
     @property
     def wide(self) -> list[np.ndarray]:
         """The arguments in float64, where that is enabled."""
-        return [np.asarray(_wide(x)) for x in self.moving]
+        return [np.asarray(_wide(x)) for x in self.differentiated]
 
     @functools.cached_property
     def batched(self) -> Callable[..., tuple[Any, ...]]:
@@ -129,9 +129,9 @@ class _Subject:
     @functools.cached_property
     def pairs(self) -> tuple[list[Any], list[Any]]:
         """A batch of two of each argument, and the gradient of each, stacked."""
-        batch = [_array(np.stack([x, _half(x)])) for x in self.moving]
-        halves = self.compiled(*[_half(x) for x in self.moving])
-        return batch, [np.stack(pair) for pair in zip(self.compiled(*self.moving), halves, strict=True)]
+        batch = [_array(np.stack([x, _half(x)])) for x in self.differentiated]
+        halves = self.compiled(*[_half(x) for x in self.differentiated])
+        return batch, [np.stack(pair) for pair in zip(self.compiled(*self.differentiated), halves, strict=True)]
 
 
 def check(fn: Any, *args: Any) -> Report:
@@ -157,7 +157,7 @@ def check(fn: Any, *args: Any) -> Report:
     elif not given:
         raise TypeError(f"check: {name} has no `example`, so give its arguments: check({name}, *args)")
     subject = _Subject(fn, args)
-    if not subject.moving:
+    if not subject.differentiated:
         raise TypeError(f"check: no argument of {name} is a floating-point array")
     rows = [_run("no NaN", _no_nan, subject)]
     for title, clause in _CLAUSES.items():
@@ -216,10 +216,10 @@ def _no_nan_in(gradients: Sequence[Any]) -> None:
 
 def _holds_there(s: _Subject) -> str | None:
     """The clauses for one of `examples`: at an edge there is no NaN, elsewhere the derivatives are right too."""
-    if not s.moving:
+    if not s.differentiated:
         return "no floating-point array"
-    _no_nan_in(s.compiled(*s.moving))
-    if not all(x.size and np.isfinite(np.asarray(x)).all() for x in s.moving):
+    _no_nan_in(s.compiled(*s.differentiated))
+    if not all(x.size and np.isfinite(np.asarray(x)).all() for x in s.differentiated):
         return "no NaN"
     said = _gradient_is_right(s)
     try:
@@ -232,7 +232,7 @@ def _gradient_is_right(s: _Subject) -> str:
     surrogate = getattr(s.cls, "surrogate", None)
     if surrogate is None:
         with jax.enable_x64(True):
-            gradcheck(jax.jit(s.outputs), tuple(_wide(x) for x in s.moving))  # without jit each operation is compiled by itself
+            gradcheck(jax.jit(s.outputs), tuple(_wide(x) for x in s.differentiated))  # without jit each operation is compiled by itself
         return "as finite differences"
 
     def pulled(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -242,7 +242,7 @@ def _gradient_is_right(s: _Subject) -> str:
 
         return jax.jit(run)
 
-    _same(pulled(s.fn)(*s.moving), pulled(surrogate)(*s.moving))
+    _same(pulled(s.fn)(*s.differentiated), pulled(surrogate)(*s.differentiated))
     return "that of its surrogate"
 
 
@@ -286,8 +286,8 @@ def _needs_forward_mode() -> None:
 
 def _linear(s: _Subject) -> None:
     """Gradients of both signs and of several sizes; the clause "gradient" compares them with the Jacobian."""
-    pull = jax.jit(lambda *cotangents: jax.vjp(s.outputs, *s.moving)[1](list(cotangents)))
-    weights = [_weights(y) for y in jax.eval_shape(s.outputs, *s.moving)]
+    pull = jax.jit(lambda *cotangents: jax.vjp(s.outputs, *s.differentiated)[1](list(cotangents)))
+    weights = [_weights(y) for y in jax.eval_shape(s.outputs, *s.differentiated)]
     others = [np.roll(np.ravel(w), 1).reshape(w.shape)[::-1] if w.ndim else w for w in weights]
     once, other = pull(*weights), pull(*others)
     for factor in (-1, 1024, -1 / 1024):
@@ -296,30 +296,30 @@ def _linear(s: _Subject) -> None:
 
 
 def _jit(s: _Subject) -> None:
-    _same(s.compiled(*s.moving), s.expected)
-    _same(jax.grad(jax.jit(s.loss), tuple(range(len(s.moving))))(*s.moving), s.expected)
+    _same(s.compiled(*s.differentiated), s.expected)
+    _same(jax.grad(jax.jit(s.loss), tuple(range(len(s.differentiated))))(*s.differentiated), s.expected)
 
 
 def _remat(s: _Subject) -> None:
     for policy in (None, jax.checkpoint_policies.dots_saveable):
-        again = jax.grad(jax.checkpoint(s.loss, policy=policy), tuple(range(len(s.moving))))
-        _same(jax.jit(again)(*s.moving), s.expected)
+        again = jax.grad(jax.checkpoint(s.loss, policy=policy), tuple(range(len(s.differentiated))))
+        _same(jax.jit(again)(*s.differentiated), s.expected)
 
 
 def _scan(s: _Subject) -> None:
     def twice(*moved: Any) -> Any:
         return jax.lax.scan(lambda total, _: (total + s.loss(*moved), None), jnp.zeros(()), None, length=2)[0]
 
-    _same(jax.jit(jax.grad(twice, tuple(range(len(s.moving)))))(*s.moving), [2 * np.asarray(g) for g in s.expected])
+    _same(jax.jit(jax.grad(twice, tuple(range(len(s.differentiated)))))(*s.differentiated), [2 * np.asarray(g) for g in s.expected])
 
 
 def _vmap(s: _Subject) -> None:
     batch, expected = s.pairs
     _same(s.batched(*batch), expected)
-    first = [batch[0], *s.moving[1:]]
+    first = [batch[0], *s.differentiated[1:]]
     axes = (0, *[None] * (len(first) - 1))
     whole = jax.grad(lambda *x: jax.vmap(s.loss, axes)(*x).sum(), tuple(range(len(first))))
-    one, two = (jax.tree.map(np.asarray, s.compiled(x, *s.moving[1:])) for x in (s.moving[0], _half(s.moving[0])))
+    one, two = (jax.tree.map(np.asarray, s.compiled(x, *s.differentiated[1:])) for x in (s.differentiated[0], _half(s.differentiated[0])))
     _same(jax.jit(whole)(*first), [np.stack([one[0], two[0]]), *[a + b for a, b in zip(one[1:], two[1:], strict=True)]])
 
 
@@ -328,21 +328,21 @@ def _forward_mode(s: _Subject) -> None:
         _needs_forward_mode()
     if s.cls is not None and s.cls._has_jvp() and hasattr(s.cls, "surrogate"):
         raise _Skip("its tangent is by design not its gradient")
-    tangents = [_array(np.cos(3 * np.asarray(x)), x.dtype) for x in s.moving]
-    slope = jax.jit(lambda x, t: jax.jvp(s.loss, x, t)[1])(s.moving, tangents)
+    tangents = [_array(np.cos(3 * np.asarray(x)), x.dtype) for x in s.differentiated]
+    slope = jax.jit(lambda x, t: jax.jvp(s.loss, x, t)[1])(s.differentiated, tangents)
     inner = sum(np.sum(np.real(np.asarray(g) * np.asarray(t))) for g, t in zip(s.expected, tangents, strict=True))
     _same([slope], [inner], tolerance=2e-3)
 
 
 def _partial(s: _Subject) -> None:
     each = jax.jit(lambda *moved: [jax.grad(s.loss, i)(*moved) for i in range(len(moved))])
-    _same(each(*s.moving), s.expected)
+    _same(each(*s.differentiated), s.expected)
 
 
 def _dtypes(s: _Subject) -> str:
     worst = {}
     for dtype in (jnp.bfloat16, jnp.float16):
-        moved = [x if jnp.iscomplexobj(x) else _array(x, dtype) for x in s.moving]
+        moved = [x if jnp.iscomplexobj(x) else _array(x, dtype) for x in s.differentiated]
         given = s.compiled(*moved)
         for x, g in zip(moved, given, strict=True):
             assert g.dtype == x.dtype, f"an argument of {x.dtype} gets a gradient of {g.dtype}"
@@ -385,22 +385,22 @@ def _sharding(s: _Subject) -> str:
 
     replicated = jax.sharding.PartitionSpec()
     shared = jax.shard_map(
-        lambda scale, *moved: scale * s.loss(*moved)[None], mesh=mesh, in_specs=(spec, *[replicated] * len(s.moving)), out_specs=spec
+        lambda scale, *moved: scale * s.loss(*moved)[None], mesh=mesh, in_specs=(spec, *[replicated] * len(s.differentiated)), out_specs=spec
     )
-    total = jax.grad(lambda *x: shared(jnp.array([1.0, 2.0]), *x).sum(), tuple(range(len(s.moving))))
-    _same(jax.jit(total)(*s.moving), [3 * np.asarray(g) for g in s.expected])
+    total = jax.grad(lambda *x: shared(jnp.array([1.0, 2.0]), *x).sum(), tuple(range(len(s.differentiated))))
+    _same(jax.jit(total)(*s.differentiated), [3 * np.asarray(g) for g in s.expected])
     return "jit, shard_map"
 
 
 def _no_leak(s: _Subject) -> None:
     with jax.checking_leaks():
-        jax.eval_shape(lambda *moved: s.gradient(*moved), *s.moving)  # a function of its own, so that it is traced here
+        jax.eval_shape(lambda *moved: s.gradient(*moved), *s.differentiated)  # a function of its own, so that it is traced here
 
 
 def _memory(s: _Subject) -> str:
-    kept = jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(s.outputs, *x)[1], *s.moving))
+    kept = jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(s.outputs, *x)[1], *s.differentiated))
     total = sum(x.size * x.dtype.itemsize for x in kept)
-    return f"{total} bytes for arguments of {sum(x.nbytes for x in s.moving)}"
+    return f"{total} bytes for arguments of {sum(x.nbytes for x in s.differentiated)}"
 
 
 _CLAUSES: dict[str, Callable[[_Subject], str | None]] = {

@@ -44,22 +44,22 @@ class _Problem:
         self.leaves, self.tree = jax.tree.flatten(args)
         paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(args)]
         of_argument = [i for i, a in enumerate(args) for _ in jax.tree.leaves(a)]
-        chosen = checks.places("gradcheck", "argnums", argnums, len(args))
-        self.places = [i for i, x in enumerate(self.leaves) if has_gradient(x) and of_argument[i] in chosen]
-        if not self.places:
+        chosen = checks.indices("gradcheck", "argnums", argnums, len(args))
+        self.indices = [i for i, x in enumerate(self.leaves) if has_gradient(x) and of_argument[i] in chosen]
+        if not self.indices:
             raise ValueError("gradcheck: no argument is a floating-point or complex array, so there is nothing to check")
-        narrow = [paths[i] for i in self.places if jnp.finfo(self.leaves[i].dtype).bits < 64]
+        narrow = [paths[i] for i in self.indices if jnp.finfo(self.leaves[i].dtype).bits < 64]
         if narrow:
             warnings.warn(f"gradcheck: args{', args'.join(narrow)} are not float64; they are checked as float64 copies", UserWarning, stacklevel=4)
-        self.names = [f"args{paths[i]}" for i in self.places]
-        self.inputs = [_widened(self.leaves[i]) for i in self.places]
+        self.names = [f"args{paths[i]}" for i in self.indices]
+        self.inputs = [_widened(self.leaves[i]) for i in self.indices]
 
     def outputs(self, *inputs: Any) -> list[Any]:
         return [y for y in self.results(*inputs) if has_gradient(y)]
 
     def results(self, *inputs: Any) -> list[Any]:
         now = [_widened(x) if has_gradient(x) else x for x in self.leaves]
-        for i, x in zip(self.places, inputs, strict=True):
+        for i, x in zip(self.indices, inputs, strict=True):
             now[i] = x
         return jax.tree.leaves(self.fn(*self.tree.unflatten(now)))
 

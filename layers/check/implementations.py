@@ -68,17 +68,17 @@ def implementations(layer: str | Callable[..., Any], *args: Any, **options: Any)
     """
     title, fn = _resolved(layer)
     leaves, tree = jax.tree.flatten((args, options))
-    places = [i for i, x in enumerate(leaves) if is_array(x) or isinstance(x, jax.ShapeDtypeStruct)]
+    indices = [i for i, x in enumerate(leaves) if is_array(x) or isinstance(x, jax.ShapeDtypeStruct)]
 
     def call(*arrays: Any) -> Any:
         now = list(leaves)
-        for i, x in zip(places, arrays, strict=True):
+        for i, x in zip(indices, arrays, strict=True):
             now[i] = x
         given, named = tree.unflatten(now)
         return [x for x in jax.tree.leaves(fn(*given, **named)) if is_array(x)]
 
     with recording() as recorder:
-        jax.eval_shape(call, *[leaves[i] for i in places])
+        jax.eval_shape(call, *[leaves[i] for i in indices])
     return Implementations(title, recorder.decisions)
 
 

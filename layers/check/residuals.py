@@ -54,10 +54,10 @@ def _audit(fn: Any, args: tuple[Any, ...], wrt: int | Sequence[int] | None, tran
     for name, x in zip(names, leaves, strict=True):
         if not (is_array(x) or is_number(x) or isinstance(x, (bool, jax.ShapeDtypeStruct))):
             raise TypeError(f"residuals: args{name} is {checks.shown(x)}, but must be an array or a number: let a function pass on what is neither")
-    chosen = checks.places("residuals", "wrt", wrt, len(args))
+    chosen = checks.indices("residuals", "wrt", wrt, len(args))
     of_argument = [i for i, a in enumerate(args) for _ in jax.tree.leaves(a)]
-    moving = [i for i, x in enumerate(leaves) if of_argument[i] in chosen and jnp.issubdtype(jnp.result_type(x), np.inexact)]
-    if not moving:
+    differentiated = [i for i, x in enumerate(leaves) if of_argument[i] in chosen and jnp.issubdtype(jnp.result_type(x), np.inexact)]
+    if not differentiated:
         raise TypeError(f"residuals: no argument of {title} can be differentiated: at least one must hold floating-point arrays (see wrt)")
     with module_scopes(args) as note:
 
@@ -71,11 +71,11 @@ def _audit(fn: Any, args: tuple[Any, ...], wrt: int | Sequence[int] | None, tran
         def run(*flat: Any) -> Any:
             def of_moving(*moved: Any) -> Any:
                 now = list(flat)
-                for i, x in zip(moving, moved, strict=True):
+                for i, x in zip(differentiated, moved, strict=True):
                     now[i] = x
                 return transformed(*now)
 
-            return jax.vjp(of_moving, *[flat[i] for i in moving])
+            return jax.vjp(of_moving, *[flat[i] for i in differentiated])
 
         traced, (out, vjp) = jax.make_jaxpr(run, return_shape=True)(*leaves)
     jaxpr = compat.open_jaxpr(traced)

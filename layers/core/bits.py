@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.core.blocks import count_lanes
-from layers.core.zeros import explicit_sharding
+from layers.core.sharding import explicit_sharding
 
 
 def pack_bits(mask: jax.Array) -> jax.Array:

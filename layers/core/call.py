@@ -65,32 +65,32 @@ class Call:
             arrays.append(value)
             return
         template = take_apart(self.name, f"argument '{name}'", value, arrays, self.constants)
-        places = tuple(x.start for x in template.leaves if isinstance(x, ArrayPlace))
+        indices = tuple(x.start for x in template.leaves if isinstance(x, ArrayPlace))
         for x in template.leaves:
             if isinstance(x, CallablePlace):
                 self.hoisted |= dict.fromkeys(range(x.start, x.stop), name)
         self.templates.append(template)
-        self.arguments.append(Argument(name, template.skeleton(), places, required))
+        self.arguments.append(Argument(name, template.skeleton(), indices, required))
 
     def values(self, arrays: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments of `forward` with these arrays in them."""
         values = [t.fill(arrays) for t in self.templates]
         return values[: self.positional_count], dict(zip(self.keywords, values[self.positional_count :], strict=True))
 
-    def needs(self, moving: Sequence[bool]) -> tuple[bool, ...]:
+    def needs(self, differentiated: Sequence[bool]) -> tuple[bool, ...]:
         """`needs_input_grad`, from which of the arrays are being differentiated."""
-        return tuple(any(moving[i] for i in a.places) for a in self.arguments)
+        return tuple(any(differentiated[i] for i in a.indices) for a in self.arguments)
 
-    def run(self, arrays: Sequence[Any], moving: Sequence[bool]) -> tuple[Context, Any]:
+    def run(self, arrays: Sequence[Any], differentiated: Sequence[bool]) -> tuple[Context, Any]:
         """Runs `forward` (and `setup_context`); returns its context and its output."""
         for place, name in self.hoisted.items():
-            if moving[place]:
+            if differentiated[place]:
                 raise TypeError(
                     f"{self.name}: argument '{name}' is a function that closes over an array which is being differentiated, and backward "
                     "cannot return a gradient for it. Pass that array to apply as an argument of its own."
                 )
-        ctx = Context(self.name, self.needs(moving))
-        ctx._engine.flags = tuple(isinstance(x, ArrayPlace) and moving[x.start] for t in self.templates for x in t.leaves)
+        ctx = Context(self.name, self.needs(differentiated))
+        ctx._engine.flags = tuple(isinstance(x, ArrayPlace) and differentiated[x.start] for t in self.templates for x in t.leaves)
         args, kwargs = self.values(arrays)
         with jax.named_scope(self.name):
             if not self.cls._is_split():

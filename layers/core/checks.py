@@ -227,7 +227,7 @@ def mesh_axes(who: str, what: str, value: Any) -> tuple[str, ...]:
     return given
 
 
-def places(who: str, what: str, value: Any, count: int) -> list[int]:
+def indices(who: str, what: str, value: Any, count: int) -> list[int]:
     """The places of arguments, of which there are `count`, counted from the front: of one, several, or None for all."""
     given = range(count) if value is None else several(value)
     found = [integer(who, what, place) for place in given]

@@ -176,13 +176,13 @@ def linearized(arrays: Sequence[Any], rule: Callable[..., tuple[list[Any], Calla
         if not isinstance(trace, _jax.LinearizeTrace):
             return None
         primals, tangents = zip(*map(trace.to_primal_tangent_pair, arrays), strict=True)
-        moving = tuple(type(t) is not _jax.Zero and jax.typeof(t).dtype != jax.dtypes.float0 for t in tangents)
-        if not any(moving):
+        differentiated = tuple(type(t) is not _jax.Zero and jax.typeof(t).dtype != jax.dtypes.float0 for t in tangents)
+        if not any(differentiated):
             return None
         with _jax.set_current_trace(trace.parent_trace):
-            outputs, push = rule(primals, moving)
+            outputs, push = rule(primals, differentiated)
         with _jax.set_current_trace(trace.tangent_trace), _jax.set_name_stack(trace._name_stack_suffix()):
-            dots = push([t for t, m in zip(tangents, moving, strict=True) if m])
+            dots = push([t for t, m in zip(tangents, differentiated, strict=True) if m])
         return [y if type(t) is SymbolicZero else _jax.LinearizeTracer(trace, y, t) for y, t in zip(outputs, dots, strict=True)]
 
 

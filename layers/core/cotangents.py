@@ -27,13 +27,13 @@ class Argument:
     Attributes:
         name: the parameter of `forward` that it is bound to.
         tree: its structure, marked with the place of each array among those of the call, anything else with `CONSTANT` or `NOT_AN_ARRAY`.
-        places: the places that occur there.
+        indices: the places that occur there.
         required: whether a gradient (or None) has to be returned for it; False for keyword-only arguments.
     """
 
     name: str
     tree: Skeleton
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     required: bool = True
 
 
@@ -57,7 +57,7 @@ def assign(name: str, grads: Any, arguments: Sequence[Argument], avals: Sequence
             continue
         if all(mark is NOT_AN_ARRAY for mark in argument.tree.marks):
             raise TypeError(f"{name}.backward returned a gradient for argument '{argument.name}', which is no array: return None there")
-        if not argument.places or any(wanted[i] for i in argument.places):
+        if not argument.indices or any(wanted[i] for i in argument.indices):
             _assign(name, argument.name, argument.tree, grad, avals, wanted, out)
     return out
 
@@ -69,7 +69,7 @@ def _one_for_each(name: str, grads: Any, arguments: Sequence[Argument], wanted: 
     while len(grads) > len(arguments) and grads[-1] is None:
         grads.pop()
     missing = arguments[len(grads) :]
-    if len(grads) > len(arguments) or any(a.required or any(wanted[i] for i in a.places) for a in missing):
+    if len(grads) > len(arguments) or any(a.required or any(wanted[i] for i in a.indices) for a in missing):
         raise ValueError(
             f"{name}.backward returned {len(grads)} gradient(s), but forward was given {len(arguments)} argument(s) "
             f"({', '.join(a.name for a in arguments)}): return one for each, None where there is no gradient"

@@ -51,10 +51,10 @@ def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
 
     def forward(*flagged: Any) -> tuple[list[Any], GradFn]:
         values = [f.value if is_array(f.value) else jnp.asarray(f.value) for f in flagged]  # a number that is differentiated arrives as such
-        moving = tuple(
+        differentiated = tuple(
             f.perturbed if i in call.hoisted else jnp.issubdtype(x.dtype, np.inexact) for i, (f, x) in enumerate(zip(flagged, values, strict=True))
         )
-        record, outputs, residuals = recorded(call.name, values, lambda xs: make_record(call, xs, moving), lambda: apply(call, values)[0])
+        record, outputs, residuals = recorded(call.name, values, lambda xs: make_record(call, xs, differentiated), lambda: apply(call, values)[0])
         filled[:] = [record.output.fill]
         ran.append("forward")
         if len(values) > 1 and not generic and compat.may_be_batched(values):

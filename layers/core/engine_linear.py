@@ -35,9 +35,9 @@ def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
         filled[:] = [fill]
         return outputs
 
-    def linearize(primals: Sequence[Any], moving: tuple[bool, ...]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
+    def linearize(primals: Sequence[Any], differentiated: tuple[bool, ...]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
         primals = tuple(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in primals)  # a number or NumPy array arrives here as such
-        record, outputs, residuals = recorded(call.name, primals, lambda xs: make_record(call, xs, moving), lambda: apply(call, primals)[0])
+        record, outputs, residuals = recorded(call.name, primals, lambda xs: make_record(call, xs, differentiated), lambda: apply(call, primals)[0])
         filled[:] = [record.output.fill]
         return outputs, functools.partial(_tangents, record, residuals)
 
@@ -57,10 +57,10 @@ def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
     return outputs, filled[0]
 
 
-def _tangents(record: Record, residuals: list[Any], moving: list[Any]) -> list[Any]:
+def _tangents(record: Record, residuals: list[Any], differentiated: list[Any]) -> list[Any]:
     """The tangent of every array that `forward` returns, by the linear operation that `backward` transposes."""
     avals = [compat.tangent_type(a) for a in record.output_avals]
-    if not moving or not any(record.differentiable):
+    if not differentiated or not any(record.differentiable):
         return [compat.SymbolicZero(a) for a in avals]
     tangent_map = TangentMap(
         name=record.call.name,
@@ -70,7 +70,7 @@ def _tangents(record: Record, residuals: list[Any], moving: list[Any]) -> list[A
         pull=record.pull,
         once=not record.call.cls._has_jvp() and record.once,
     )
-    given = iter(tangent_map(residuals, moving))
+    given = iter(tangent_map(residuals, differentiated))
     return [next(given) if d else compat.SymbolicZero(a) for a, d in zip(avals, record.differentiable, strict=True)]
 
 

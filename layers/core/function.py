@@ -135,8 +135,8 @@ class Function:
         """
         _refuse_traced_closures(cls)
         call, arrays = Call.bind(cls, args, kwargs)
-        moving = tuple(jnp.issubdtype(x.dtype, np.inexact) and i not in call.hoisted for i, x in enumerate(arrays))
-        record, outputs, residuals = make_record(call, arrays, moving)
+        differentiated = tuple(jnp.issubdtype(x.dtype, np.inexact) and i not in call.hoisted for i, x in enumerate(arrays))
+        record, outputs, residuals = make_record(call, arrays, differentiated)
         return record.output.fill(outputs), GradFn(record, residuals)
 
     @classmethod

@@ -29,7 +29,7 @@ class Record:
     Attributes:
         call: the call.
         avals: the types of its arrays.
-        moving: which of them are being differentiated.
+        differentiated: which of them are being differentiated.
         output: the output of `forward`, with places for its arrays.
         output_avals: the types of these.
         differentiable: which of these a gradient goes through.
@@ -41,7 +41,7 @@ class Record:
 
     call: Call
     avals: tuple[Any, ...]
-    moving: tuple[bool, ...]
+    differentiated: tuple[bool, ...]
     output: Template
     output_avals: tuple[Any, ...]
     differentiable: tuple[bool, ...]
@@ -50,7 +50,7 @@ class Record:
     shared: tuple[tuple[str, ...], ...]
 
     def context(self, residuals: Sequence[Any], *, in_jvp: bool = False) -> Context:
-        needs = self.call.needs(self.moving)
+        needs = self.call.needs(self.differentiated)
         return restore(self.call.name, needs, self.materialize, self.state.fill(residuals), in_jvp=in_jvp)
 
     def grads(self, residuals: Sequence[Any], cotangents: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
@@ -88,10 +88,10 @@ class Record:
         """`grads` from and to the arrays that move: the transpose of `push`."""
         given = iter(cotangents)
         full = [next(given) if d else None for d in self.differentiable]
-        places = [i for i, m in enumerate(self.moving) if m]
-        chosen = dict(zip(places, wanted, strict=True))
+        indices = [i for i, m in enumerate(self.differentiated) if m]
+        chosen = dict(zip(indices, wanted, strict=True))
         grads = self.grads(residuals, full, [chosen.get(i, False) for i in range(len(self.avals))])
-        return [grads[i] for i in places]
+        return [grads[i] for i in indices]
 
     def push(self, residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
         """The tangents of the differentiable outputs: by the class's `jvp`, else by transposing `backward`."""
@@ -122,7 +122,7 @@ class Record:
         ctx = self.context(residuals, in_jvp=True)
         given = iter(tangents)
         absent = [compat.zeros(a) if self.materialize and jnp.issubdtype(a.dtype, np.inexact) else None for a in self.avals]
-        by_array = [next(given) if m else zero for m, zero in zip(self.moving, absent, strict=True)]
+        by_array = [next(given) if m else zero for m, zero in zip(self.differentiated, absent, strict=True)]
         by_argument = [t.fill_with_gaps(by_array, self.avals) for t in self.call.templates]
         with jax.named_scope(f"{name}.jvp"):
             outs = self.call.cls.jvp(ctx, *by_argument)
@@ -197,9 +197,9 @@ def _as_dual(what: str, given: Any, aval: Any) -> jax.Array:
     return given.astype(aval.dtype)
 
 
-def make_record(call: Call, arrays: Sequence[Any], moving: Sequence[bool]) -> tuple[Record, list[Any], list[Any]]:
+def make_record(call: Call, arrays: Sequence[Any], differentiated: Sequence[bool]) -> tuple[Record, list[Any], list[Any]]:
     """Runs `forward` and takes apart what it leaves. Returns the record, the arrays of the output and the residuals."""
-    ctx, output = call.run(arrays, moving)
+    ctx, output = call.run(arrays, differentiated)
     engine = ctx._engine
     outputs: list[Any] = []
     output_template = take_apart(call.name, "an output", output, outputs)
@@ -215,7 +215,7 @@ def make_record(call: Call, arrays: Sequence[Any], moving: Sequence[bool]) -> tu
     record = Record(
         call=call,
         avals=tuple(jax.typeof(x) for x in arrays),
-        moving=tuple(moving),
+        differentiated=tuple(differentiated),
         output=output_template,
         output_avals=avals,
         differentiable=tuple(jnp.issubdtype(a.dtype, np.inexact) and not m for a, m in zip(avals, marked, strict=True)),

@@ -74,18 +74,18 @@ def _jvp(primals: Arrays, dots: Arrays, *, map: TangentMap) -> tuple[list[Any], 
     if any(t is not None for t in tangents_dot):
         filled = [compat.zeros(jax.typeof(t)) if d is None else d for t, d in zip(tangents, tangents_dot, strict=True)]
         terms.append(map(residuals, filled))
-    moving = [i for i, d in enumerate(residuals_dot) if d is not None]
-    if moving and map.once:
+    differentiated = [i for i, d in enumerate(residuals_dot) if d is not None]
+    if differentiated and map.once:
         refuse_second_derivative(map.name)
-    if moving:
+    if differentiated:
 
         def push(*moved: Any) -> list[Any]:
             now = list(residuals)
-            for i, r in zip(moving, moved, strict=True):
+            for i, r in zip(differentiated, moved, strict=True):
                 now[i] = r
             return list(map.push(now, tangents))
 
-        terms.append(jax.jvp(push, [residuals[i] for i in moving], [residuals_dot[i] for i in moving])[1])
+        terms.append(jax.jvp(push, [residuals[i] for i in differentiated], [residuals_dot[i] for i in differentiated])[1])
     if not terms:
         return outs, [None] * len(outs)
     return outs, [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]

@@ -32,7 +32,7 @@ class GradFn:
         record = self._record
         grads = self.pull(record.cotangents(grad_outputs))
         arguments = zip(record.call.arguments, record.call.templates, strict=True)
-        return tuple(t.fill_with_gaps(grads, record.avals) if any(grads[i] is not None for i in a.places) else None for a, t in arguments)
+        return tuple(t.fill_with_gaps(grads, record.avals) if any(grads[i] is not None for i in a.indices) else None for a, t in arguments)
 
     __call__ = apply
 
@@ -40,7 +40,7 @@ class GradFn:
         """Runs `backward` for one cotangent an array of the output; returns one an array of the call. None is zero on both sides."""
         record = self._record
         given = [c if d else None for c, d in zip(cotangents, record.differentiable, strict=True)]
-        return record.grads(self._residuals, given, record.moving)
+        return record.grads(self._residuals, given, record.differentiated)
 
     @property
     def saved_tensors(self) -> tuple[Any, ...]:
@@ -50,7 +50,7 @@ class GradFn:
     @property
     def needs_input_grad(self) -> tuple[bool, ...]:
         """One flag for each argument."""
-        return self._record.call.needs(self._record.moving)
+        return self._record.call.needs(self._record.differentiated)
 
     def name(self) -> str:
         """The name of the node, `<class>Backward`."""

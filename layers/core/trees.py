@@ -40,7 +40,7 @@ def map_floating_together(name: str, fn: Callable[[list[Any]], list[Any]], tree:
     for x in leaves:
         if not (is_array(x) or isinstance(x, (bool, int, float, complex))):
             raise TypeError(f"{name}: x holds a {type(x).__name__}, but must be an array or a pytree of arrays")
-    places = [i for i, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), np.inexact)]
-    for i, x in zip(places, fn([jnp.asarray(leaves[i]) for i in places]), strict=True):
+    indices = [i for i, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), np.inexact)]
+    for i, x in zip(indices, fn([jnp.asarray(leaves[i]) for i in indices]), strict=True):
         leaves[i] = x
     return structure.unflatten(leaves)

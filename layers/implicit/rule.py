@@ -30,7 +30,7 @@ import numpy as np
 from layers.core import compat
 from layers.core.function import Function
 from layers.core.numerics import wide
-from layers.core.placed_barrier import placed_barrier
+from layers.core.varying_barrier import varying_barrier
 from layers.implicit import vectors as v
 from layers.implicit.failure import raise_unless
 from layers.implicit.linear import LinearSystem, default_tolerance
@@ -144,20 +144,20 @@ class ImplicitFunction(Function):
 
     @staticmethod
     def backward(ctx, dx, _):
-        (x, theta), dx = placed_barrier(ctx.saved_tensors, dx)
+        (x, theta), dx = varying_barrier(ctx.saved_tensors, dx)
         equation, dtypes = ctx.equation, [a.dtype for a in x]
-        moving, rebuild = floating(theta)
-        pull = jax.vjp(lambda x, moving: equation.wide(dtypes)(x, rebuild(moving)), widen(x), moving)[1]
+        differentiated, rebuild = floating(theta)
+        pull = jax.vjp(lambda x, differentiated: equation.wide(dtypes)(x, rebuild(differentiated)), widen(x), differentiated)[1]
         adjoint = equation.linear_solve(lambda a: pull(a)[0], widen(dx), dtypes)
-        return None, None, rebuild(pull(adjoint)[1], None) if moving else None
+        return None, None, rebuild(pull(adjoint)[1], None) if differentiated else None
 
     @staticmethod
     def jvp(ctx, _equation, _x0, dtheta):
         x, theta = ctx.saved_tensors
         equation, dtypes = ctx.equation, [a.dtype for a in x]
-        moving, rebuild = floating(theta)
+        differentiated, rebuild = floating(theta)
         f = equation.wide(dtypes)
-        forced = jax.jvp(lambda moving: f(widen(x), rebuild(moving)), (moving,), (jax.tree.leaves(dtheta),))[1]
+        forced = jax.jvp(lambda differentiated: f(widen(x), rebuild(differentiated)), (differentiated,), (jax.tree.leaves(dtheta),))[1]
         push = jax.linearize(lambda x: f(x, theta), widen(x))[1]
         return equation.linear_solve(push, forced, dtypes), None
 
@@ -174,12 +174,12 @@ def cast(x: Sequence[Any], dtypes: Sequence[Any]) -> Vector:
 def floating(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
     """The floating-point and complex leaves of a tree, and how to put others in their place (`rest`, if given, in that of all other leaves)."""
     leaves, structure = jax.tree.flatten(tree)
-    places = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, np.inexact)]
+    indices = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, np.inexact)]
 
-    def rebuild(moving: Sequence[Any], *rest: Any) -> Any:
+    def rebuild(differentiated: Sequence[Any], *rest: Any) -> Any:
         now = list(rest) * len(leaves) if rest else list(leaves)
-        for i, x in zip(places, moving, strict=True):
+        for i, x in zip(indices, differentiated, strict=True):
             now[i] = x
         return structure.unflatten(now)
 
-    return [leaves[i] for i in places], rebuild
+    return [leaves[i] for i in indices], rebuild

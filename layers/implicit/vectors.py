@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from layers.core import compat
 from layers.core.lengths import scaled_squares
-from layers.core.zeros import explicit_sharding, lie_like
+from layers.core.sharding import explicit_sharding, sharded_as
 
 Vector = list[jax.Array]
 Map = Callable[[Vector], Vector]
@@ -63,7 +63,7 @@ def choose(condition: Any, a: Vector, b: Vector) -> Vector:
 
 def stack_of_zeros(count: int, a: Vector) -> Vector:
     """Room for `count` vectors."""
-    return [jnp.broadcast_to(lie_like(jnp.zeros_like(x), x), (count, *x.shape)) for x in a]
+    return [jnp.broadcast_to(sharded_as(jnp.zeros_like(x), x), (count, *x.shape)) for x in a]
 
 
 def put(stack: Vector, i: Any, a: Vector) -> Vector:

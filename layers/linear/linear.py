@@ -28,7 +28,7 @@ from layers.core import checks
 from layers.core.function import Function
 from layers.core.products import products_are_patched
 from layers.core.recompute import barrier
-from layers.core.zeros import explicit_sharding
+from layers.core.sharding import explicit_sharding
 
 
 class LinearFunction(Function):

@@ -22,14 +22,14 @@ class _Call:
         module: unbound.
         mutable: which collections a call may write.
         given: the structure of the variables that a call takes, the first ones of the list.
-        places: where each variable is in the list, by its path.
+        indices: where each variable is in the list, by its path.
         written: the structure of the collections that a call writes, and the paths of the variables there.
     """
 
     module: linen.Module
     mutable: Any
     given: Any
-    places: dict[Any, int]
+    indices: dict[Any, int]
     written: tuple[Any, list[Any]]
 
 
@@ -60,8 +60,8 @@ class Apart(nnx.Module):
         after, structure = jax.tree_util.tree_flatten_with_path(jax.eval_shape(written) if example and mutable else {})
         old = {path for path, _ in found}
         created = [(path, jnp.zeros((*([] if length is None else [length]), *v.shape), v.dtype)) for path, v in after if path not in old]
-        places = {path: i for i, (path, _) in enumerate(found + created)}
-        self.call, self.length = _Call(module, mutable, given, places, (structure, [path for path, _ in after])), length
+        indices = {path: i for i, (path, _) in enumerate(found + created)}
+        self.call, self.length = _Call(module, mutable, given, indices, (structure, [path for path, _ in after])), length
         self.values = nnx.List([nnx.Variable(jnp.asarray(v)) for _, v in found + created])
         self.keys = nnx.Dict({name: nnx.Variable(key) for name, key in keys.items()})
         self.calls = nnx.Variable(jnp.zeros(() if length is None else length, jnp.uint32))
@@ -74,7 +74,7 @@ class Apart(nnx.Module):
         if rngs:
             self.calls.set_value(calls + 1)
         for path, value in jax.tree_util.tree_leaves_with_path(written):
-            variable = self.values[call.places[path]] if path in call.places else None
+            variable = self.values[call.indices[path]] if path in call.indices else None
             if variable is not None and value is not variable.get_raw_value():
                 variable.set_value(value)
         return out
@@ -90,7 +90,7 @@ class Apart(nnx.Module):
     def write(self, bound: linen.Module) -> None:
         """Gives the module what calls have written."""
         structure, paths = self.call.written
-        written = structure.unflatten([self.values[self.call.places[path]].get_raw_value() for path in paths])
+        written = structure.unflatten([self.values[self.call.indices[path]].get_raw_value() for path in paths])
         for collection, values in (written if self.length is None else meta.add_axis(written, 0, AXIS)).items():
             for name, value in values.items():
                 bound.put_variable(collection, name, value)

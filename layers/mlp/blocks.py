@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.core.blocks import block_size, map_blocks
+from layers.core.deferred import scan_blocks_deferred
 from layers.core.hashing import hash_bits, masked, spared
-from layers.core.late import scan_blocks_late
 from layers.core.machine import choose
 from layers.core.numerics import dot, hidden_dot, wide
 from layers.core.recompute import barrier
@@ -169,7 +169,7 @@ def run_back(dy: jax.Array, x: jax.Array, scale: Any, kept: Any, ups: Sequence[A
             dscale = dscale + more.astype(dscale.dtype) if needs.scale else None
         return (dscale, dups, ddown), dx.astype(x.dtype) if needs.x else None
 
-    (dscale, dups, ddown), dx = scan_blocks_late(block, start, (dy, x, kept, plan.places(rows)), block=size)
+    (dscale, dups, ddown), dx = scan_blocks_deferred(block, start, (dy, x, kept, plan.places(rows)), block=size)
     return Needs(dx, dscale, dups, ddown)
 
 

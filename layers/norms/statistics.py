@@ -23,7 +23,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 
 from layers.core.blocks import block_size
-from layers.core.late import scan_blocks_late
+from layers.core.deferred import scan_blocks_deferred
 from layers.core.machine import UNLIMITED, choose
 from layers.core.numerics import wide
 from layers.core.roots import mean_root, reciprocal_factors, where_finite
@@ -166,7 +166,7 @@ def in_row_blocks(grads: Callable[..., tuple[jax.Array, Any]], arrays: Sequence[
         dx, more = grads(*rows)
         return jax.tree.map(jnp.add, sums, more), dx
 
-    sums, dx = scan_blocks_late(body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like), rows, block=block)
+    sums, dx = scan_blocks_deferred(body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like), rows, block=block)
     return dx.reshape(shape), sums
 
 

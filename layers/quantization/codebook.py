@@ -29,7 +29,7 @@ from layers.core.machine import choose
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.products import einsum
 from layers.core.rows import as_rows
-from layers.core.zeros import explicit_sharding
+from layers.core.sharding import explicit_sharding
 
 GRADIENTS = ("straight_through", "rotation")
 

@@ -35,7 +35,7 @@ from layers.core.function import Function, once_differentiable
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.products import matmul
 from layers.core.rows import as_rows
-from layers.core.zeros import explicit_sharding
+from layers.core.sharding import explicit_sharding
 from layers.quantization.narrow_linear import NarrowLinear, check_linear, like_linear
 from layers.quantization.scales import rescaled, scale_to
 

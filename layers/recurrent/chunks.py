@@ -21,7 +21,7 @@ from jax import lax
 
 from layers.core.machine import on_accelerator
 from layers.core.numerics import wide
-from layers.core.zeros import lie_like
+from layers.core.sharding import sharded_as
 from layers.recurrent.halves import Runs
 from layers.recurrent.loops import fold_chunks, scan, with_first, without_first
 
@@ -80,7 +80,7 @@ def run_chunks(
         after, y = body(state, parameters, cut_rows(rows, start, size, state.dtype), Runs.at(runs, start, size, chunk), chunk)
         return (after, put_rows(out, y, start)), state
 
-    carry = state, lie_like(jnp.zeros_like(like), like)
+    carry = state, sharded_as(jnp.zeros_like(like), like)
     (state, out), starts = fold_chunks(step, carry, like.shape[1], chunks.span, beside=(rows, state, parameters, runs))
     return out, state, without_first(starts)
 
@@ -99,7 +99,7 @@ def pull_chunks(
         dstate, dparameters, grads = pull((dstate, cut_rows(dout, start, size, state.dtype)))
         return (dstate, jax.tree.map(jnp.add, sums, dparameters), jax.tree.map(lambda into, x: put_rows(into, x, start), buffers, grads)), None
 
-    carry = dlast, jax.tree.map(jnp.zeros_like, parameters), jax.tree.map(lambda x: lie_like(jnp.zeros_like(x), x), rows)
+    carry = dlast, jax.tree.map(jnp.zeros_like, parameters), jax.tree.map(lambda x: sharded_as(jnp.zeros_like(x), x), rows)
     beside = rows, dout, parameters, runs
     return fold_chunks(step, carry, dout.shape[1], chunks.span, starts, reverse=True, beside=beside)[0]
 
@@ -108,7 +108,7 @@ def first_state(initial: Any, k: jax.Array, v: jax.Array) -> jax.Array:
     """The state before the first step, (batch, heads, features of k, features of v): zeros where none is given."""
     dtype = wide(k.dtype)
     batch, _, heads, features = k.shape
-    return lie_like(jnp.zeros((batch, heads, features, v.shape[3]), dtype), k[:, 0]) if initial is None else initial.astype(dtype)
+    return sharded_as(jnp.zeros((batch, heads, features, v.shape[3]), dtype), k[:, 0]) if initial is None else initial.astype(dtype)
 
 
 def over_chunks(step: Callable[..., tuple[Any, Any]], state: jax.Array, xs: Any) -> tuple[Any, Any]:

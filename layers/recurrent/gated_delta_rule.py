@@ -36,7 +36,7 @@ from layers.core.function import Function
 from layers.core.numerics import scaled
 from layers.core.products import einsum
 from layers.core.recompute import barrier
-from layers.core.zeros import lie_like
+from layers.core.sharding import sharded_as
 from layers.recurrent.arguments import check_attention, check_chunk_size
 from layers.recurrent.chunks import Chunks, first_state, over_chunks, pull_chunks, run_chunks
 from layers.recurrent.gates import visible
@@ -78,7 +78,7 @@ def _forward(rows: Rows, initial: Any, runs: Any, scale: float, chunks: Chunks) 
     """The output, the last state, and what backward needs of the states at the start of each span."""
     q, _, v, _, _ = rows
     state = first_state(initial, q, v)
-    return run_chunks(_body(scale), (), rows, runs, state, lie_like(jnp.zeros_like(v, q.dtype), v), chunks)
+    return run_chunks(_body(scale), (), rows, runs, state, sharded_as(jnp.zeros_like(v, q.dtype), v), chunks)
 
 
 def _body(scale: float) -> Any:

@@ -20,7 +20,7 @@ from jax.export import is_symbolic_dim
 
 from layers.core.blocks import block_size
 from layers.core.numerics import dot, wide
-from layers.core.zeros import explicit_sharding
+from layers.core.sharding import explicit_sharding
 
 CHUNK_BYTES = 1 << 21
 """Of the float32 gates of one chunk."""

@@ -32,7 +32,7 @@ from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.products import jit
 from layers.core.recompute import barrier
-from layers.core.zeros import lie_like
+from layers.core.sharding import sharded_as
 from layers.recurrent.gates import Plan, add_bias, add_wanted, gate_products, hold, product, summed_product, visible, zero_sums
 from layers.recurrent.loops import fold_chunks, scan
 from layers.recurrent.recurrence import before
@@ -80,7 +80,7 @@ def _run(x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, lengths, re
         after, (states, activated) = scan(step, before, (a, keep, reset), beside=(recurrent_kernel, recurrent_bias))
         return (after, plan.put(outputs, states, start)), (before, activated)
 
-    carry = h, lie_like(jnp.zeros((*x.shape[:2], h.shape[-1]), h.dtype), x)
+    carry = h, sharded_as(jnp.zeros((*x.shape[:2], h.shape[-1]), h.dtype), x)
     beside = x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, resets
     (h, outputs), kept = fold_chunks(chunk, carry, plan.time(x), plan.steps, beside=beside)
     return outputs, h, kept
@@ -113,7 +113,7 @@ def _run_back(x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, 
         return (dh, sums, into), None
 
     sums = zero_sums((input_kernel, recurrent_kernel, bias, recurrent_bias), needs[1:5])
-    carry = dh.astype(dtype), sums, lie_like(jnp.zeros_like(x), x) if needs[0] else None
+    carry = dh.astype(dtype), sums, sharded_as(jnp.zeros_like(x), x) if needs[0] else None
     beside = x, input_kernel, recurrent_kernel, bias, recurrent_bias, lengths, resets, y, dy
     (dh, sums, dx), _ = fold_chunks(chunk, carry, plan.time(x), plan.steps, kept, reverse=True, beside=beside)
     return dx, *sums, dh

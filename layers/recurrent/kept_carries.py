@@ -27,8 +27,8 @@ from jax.core import eval_jaxpr
 
 from layers.core.function import Function
 from layers.core.numerics import wide
-from layers.core.placed_barrier import placed_barrier
 from layers.core.trees import is_inexact
+from layers.core.varying_barrier import varying_barrier
 from layers.recurrent.loops import scan
 
 Step = Callable[..., tuple[Any, Any]]
@@ -75,37 +75,38 @@ class CheckpointedScanFunction(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         body: Body = ctx.body
-        (consts, carries, xs), cotangents = placed_barrier(ctx.saved_tensors, cotangents)
+        (consts, carries, xs), cotangents = varying_barrier(ctx.saved_tensors, cotangents)
         wants_const, _, wants_x = body.split(ctx.needs_input_grad[2:])
-        moving = [*wants_const, *(is_inexact(c) for c in carries), *wants_x]
+        differentiated = [*wants_const, *(is_inexact(c) for c in carries), *wants_x]
         dlast = [d for d in cotangents[: body.carry] if d is not None and is_inexact(d)]
         dys = [d for d in cotangents[body.carry :] if d is not None and is_inexact(d)]
 
         def step(carry, row):
             dcarry, sums = carry
             kept, x, dy = row
-            pull = _pull_of(body, (*consts, *kept, *x), moving)
-            dconsts, dcarry, dx = _parts(body, moving, pull([*dcarry, *dy]))
+            pull = _pull_of(body, (*consts, *kept, *x), differentiated)
+            dconsts, dcarry, dx = _parts(body, differentiated, pull([*dcarry, *dy]))
             return (dcarry, [s + d.astype(s.dtype) for s, d in zip(sums, dconsts, strict=True)]), dx
 
         zeros = [jnp.zeros(c.shape, wide(c.dtype)) for c, w in zip(consts, wants_const, strict=True) if w]
         (dinit, dconsts), dxs = scan(step, (dlast, zeros), (carries, xs, dys), reverse=not ctx.reverse, beside=consts)
         grads = iter([*dconsts, *dinit, *dxs])
-        return None, None, *(next(grads) if m else None for m in moving)
+        return None, None, *(next(grads) if m else None for m in differentiated)
 
     @staticmethod
     def jvp(ctx, _body, _reverse, *tangents):
         consts, carries, xs = ctx.saved_tensors
         init = [c[-1 if ctx.reverse else 0] for c in carries]
         arrays = (*consts, *init, *xs)
-        moving = [is_inexact(x) for x in arrays]
+        differentiated = [is_inexact(x) for x in arrays]
 
         def run(*moved: Any) -> list[Any]:
-            consts, init, xs = ctx.body.split(_fill(arrays, moving, moved))
+            consts, init, xs = ctx.body.split(_fill(arrays, differentiated, moved))
             last, ys = scan(partial(ctx.body.call, consts), init, xs, reverse=ctx.reverse, beside=consts)
             return [y for y in (*last, *ys) if is_inexact(y)]
 
-        outs = iter(jax.jvp(run, [x for x, m in zip(arrays, moving, strict=True) if m], [t for t, m in zip(tangents, moving, strict=True) if m])[1])
+        chosen = lambda values: [x for x, m in zip(values, differentiated, strict=True) if m]
+        outs = iter(jax.jvp(run, chosen(arrays), chosen(tangents))[1])
         whole = jax.eval_shape(lambda: scan(partial(ctx.body.call, consts), init, xs, reverse=ctx.reverse, beside=consts))
         return tuple(next(outs) if is_inexact(y) else None for y in jax.tree.leaves(whole))
 
@@ -121,25 +122,25 @@ class CheckpointedScanFunction(Function):
         return Body(call, 1, 2), True, w, c, jnp.zeros((), jnp.int32), xs
 
 
-def _fill(arrays: Sequence[Any], moving: Sequence[bool], moved: Sequence[Any]) -> list[Any]:
+def _fill(arrays: Sequence[Any], differentiated: Sequence[bool], moved: Sequence[Any]) -> list[Any]:
     """`arrays` with `moved` in the places that move."""
     given = iter(moved)
-    return [next(given) if m else x for x, m in zip(arrays, moving, strict=True)]
+    return [next(given) if m else x for x, m in zip(arrays, differentiated, strict=True)]
 
 
-def _pull_of(body: Body, arrays: Sequence[Any], moving: Sequence[bool]) -> Callable[[Leaves], Sequence[Any]]:
+def _pull_of(body: Body, arrays: Sequence[Any], differentiated: Sequence[bool]) -> Callable[[Leaves], Sequence[Any]]:
     """The pullback of one step: from its inexact outputs to the arrays that move."""
 
     def outputs(*moved: Any) -> list[Any]:
-        carry, y = body.call(*body.split(_fill(arrays, moving, moved)))
+        carry, y = body.call(*body.split(_fill(arrays, differentiated, moved)))
         return [o for o in (*carry, *y) if is_inexact(o)]
 
-    return jax.vjp(outputs, *(x for x, m in zip(arrays, moving, strict=True) if m))[1]
+    return jax.vjp(outputs, *(x for x, m in zip(arrays, differentiated, strict=True) if m))[1]
 
 
-def _parts(body: Body, moving: Sequence[bool], grads: Sequence[Any]) -> tuple[Leaves, Leaves, Leaves]:
+def _parts(body: Body, differentiated: Sequence[bool], grads: Sequence[Any]) -> tuple[Leaves, Leaves, Leaves]:
     """Gradients of the arrays that move, as those of consts, carry and x."""
-    consts, carry, _ = (sum(flags) for flags in body.split(moving))
+    consts, carry, _ = (sum(flags) for flags in body.split(differentiated))
     return list(grads[:consts]), list(grads[consts : consts + carry]), list(grads[consts + carry :])
 
 

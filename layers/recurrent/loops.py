@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.core import compat
-from layers.core.zeros import explicit_sharding
+from layers.core.sharding import explicit_sharding
 
 Step = Callable[..., tuple[Any, Any]]
 

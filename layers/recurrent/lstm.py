@@ -34,7 +34,7 @@ from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.products import jit
 from layers.core.recompute import barrier
-from layers.core.zeros import lie_like
+from layers.core.sharding import sharded_as
 from layers.recurrent.gates import Plan, add_wanted, gate_products, hold, product, summed_product, visible, zero_sums
 from layers.recurrent.loops import fold_chunks, scan
 from layers.recurrent.recurrence import before
@@ -82,7 +82,7 @@ def _run(x, input_kernel, recurrent_kernel, bias, c, h, lengths, resets, *, plan
         after, (states, activated) = scan(step, before, (a, keep, reset), beside=recurrent_kernel)
         return (after, plan.put(outputs, states, start)), (before, activated)
 
-    carry = (c.astype(wide(c.dtype)), h), lie_like(jnp.zeros((*x.shape[:2], h.shape[-1]), h.dtype), x)
+    carry = (c.astype(wide(c.dtype)), h), sharded_as(jnp.zeros((*x.shape[:2], h.shape[-1]), h.dtype), x)
     beside = x, input_kernel, recurrent_kernel, bias, lengths, resets
     ((last, h), outputs), kept = fold_chunks(chunk, carry, plan.time(x), plan.steps, beside=beside)
     return outputs, last.astype(c.dtype), h, kept
@@ -117,7 +117,7 @@ def _run_back(x, input_kernel, recurrent_kernel, bias, lengths, resets, y, kept,
         return (state, add_wanted(sums, terms), into), None
 
     sums = zero_sums((input_kernel, recurrent_kernel, bias), needs[1:4])
-    carry = (dc.astype(dtype), dh.astype(dtype)), sums, lie_like(jnp.zeros_like(x), x) if needs[0] else None
+    carry = (dc.astype(dtype), dh.astype(dtype)), sums, sharded_as(jnp.zeros_like(x), x) if needs[0] else None
     beside = x, input_kernel, recurrent_kernel, bias, lengths, resets, y, dy
     (state, sums, dx), _ = fold_chunks(chunk, carry, plan.time(x), plan.steps, kept, reverse=True, beside=beside)
     return dx, *sums, *state

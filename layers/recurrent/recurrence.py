@@ -18,7 +18,7 @@ from jax import lax
 
 from layers.core.machine import on_accelerator
 from layers.core.numerics import wide
-from layers.core.zeros import lie_like
+from layers.core.sharding import sharded_as
 from layers.recurrent.loops import scan
 from layers.recurrent.segments import restart
 
@@ -73,7 +73,7 @@ def _composed(a: jax.Array, b: jax.Array, resets: Any, *, reverse: bool = False)
 
 def before(start: jax.Array, states: jax.Array) -> jax.Array:
     """The state before each step, from that before the first one and those after each."""
-    return jnp.concatenate([lie_like(start[None].astype(states.dtype), states), states[:-1]])
+    return jnp.concatenate([sharded_as(start[None].astype(states.dtype), states), states[:-1]])
 
 
 def _first(resets: Any) -> Any:

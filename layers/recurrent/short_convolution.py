@@ -31,7 +31,7 @@ from layers.core.function import Function
 from layers.core.machine import UNLIMITED, choose, platform
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
-from layers.core.zeros import lie_like
+from layers.core.sharding import sharded_as
 from layers.recurrent.chunks import cut_rows, put_rows
 from layers.recurrent.gates import visible
 from layers.recurrent.loops import fold_chunks
@@ -51,7 +51,7 @@ class ShortConvolutionFunction(Function):
             a = _convolved(*_window(x, initial, runs, start, size, len(kernel)), kernel, bias)
             return put_rows(out, a if activation is None else ACTIVATIONS[activation].value(a), start), None
 
-        out, _ = fold_chunks(step, lie_like(jnp.zeros_like(x), x), x.shape[1], chunk, beside=(x, kernel, bias, initial, runs))
+        out, _ = fold_chunks(step, sharded_as(jnp.zeros_like(x), x), x.shape[1], chunk, beside=(x, kernel, bias, initial, runs))
         return out, _state(x, initial, runs, len(kernel))
 
     @staticmethod
@@ -72,7 +72,7 @@ class ShortConvolutionFunction(Function):
             return (dwindow[:, :before], dkernel, dbias + da.sum((0, 1)), put_rows(dx, dwindow[:, before:], start)), None
 
         dlast = visible(dstate, _of_last(runs, len(kernel))).astype(dtype)
-        carry = dlast, jnp.zeros(kernel.shape, dtype), jnp.zeros(kernel.shape[1:], dtype), lie_like(jnp.zeros_like(x), x)
+        carry = dlast, jnp.zeros(kernel.shape, dtype), jnp.zeros(kernel.shape[1:], dtype), sharded_as(jnp.zeros_like(x), x)
         beside = x, kernel, bias, initial, runs, dout
         (dinitial, dkernel, dbias, dx), _ = fold_chunks(step, carry, x.shape[1], ctx.chunk, reverse=True, beside=beside)
         return dx, dkernel, None if bias is None else dbias, None if initial is None else dinitial, None, None, None
@@ -97,7 +97,7 @@ def _window(x: jax.Array, initial: Any, runs: Any, start: Any, size: int, width:
 def _before(x: jax.Array, initial: Any, start: Any, width: int) -> jax.Array:
     """The `width - 1` steps before `start`, which is 0 or at least as many: `initial`, or zeros, before the first one."""
     shape = (x.shape[0], width - 1, *x.shape[2:])
-    first = lie_like(jnp.zeros(shape, x.dtype), x) if initial is None else initial.astype(x.dtype)
+    first = sharded_as(jnp.zeros(shape, x.dtype), x) if initial is None else initial.astype(x.dtype)
     if isinstance(start, int) and start == 0:
         return first
     return jnp.where(start == 0, first, lax.dynamic_slice_in_dim(x, jnp.maximum(start - width + 1, 0), width - 1, 1))

@@ -33,7 +33,7 @@ from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.products import einsum
 from layers.core.recompute import barrier
-from layers.core.zeros import lie_like
+from layers.core.sharding import sharded_as
 from layers.recurrent.arguments import check_axes, check_chunk_size, check_ndim
 from layers.recurrent.chunks import Chunks, over_chunks, pull_chunks, run_chunks
 from layers.recurrent.gates import visible
@@ -96,7 +96,7 @@ def _first_state(x: Inputs) -> jax.Array:
     """(batch, heads, state, head_dim), zeros where none is given."""
     batch, _, heads, size = x.x.shape
     dtype, shape = wide(x.x.dtype), (batch, heads, x.b.shape[3], size)
-    return lie_like(jnp.zeros(shape, dtype), x.x[:, 0]) if x.initial is None else jnp.swapaxes(x.initial, 2, 3).astype(dtype)
+    return sharded_as(jnp.zeros(shape, dtype), x.x[:, 0]) if x.initial is None else jnp.swapaxes(x.initial, 2, 3).astype(dtype)
 
 
 def _forward(x: Inputs, runs: Any, softplus: bool, chunks: Chunks) -> tuple[jax.Array, jax.Array, Any]:

@@ -30,12 +30,12 @@ class Half:
 
     Attributes:
         call: `(arrays, x) -> (output, arrays afterwards)`. An array that is not the very same afterwards is state that the call changed.
-        places: where its arrays are in the list of those of the chain.
+        indices: where its arrays are in the list of those of the chain.
         name: for messages.
     """
 
     call: Callable[[list[Any], Any], tuple[Any, list[Any]]]
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     name: str
 
 
@@ -157,25 +157,25 @@ class Chain:
             The stream y, the gradient of x, the gradients of the arrays of `half`.
         """
         (x, y), (dx, dy) = streams, grads
-        given = [saw.get(i, values[i]) for i in half.places]
+        given = [saw.get(i, values[i]) for i in half.indices]
         point = self.streams.read(x)
         if dy is None:
             return self.streams.add(y, half.call(given, self._as_input(point, which))[0], -1), None, {}
-        moving = [k for k, i in enumerate(half.places) if wanted[i] and i not in saw]
+        differentiated = [k for k, i in enumerate(half.indices) if wanted[i] and i not in saw]
 
         def outputs(moved: list[Any], point: Any) -> tuple[Any, Values]:
             now = list(given)
-            for k, v in zip(moving, moved, strict=True):
+            for k, v in zip(differentiated, moved, strict=True):
                 now[k] = v
             out, after = half.call(now, self._as_input(point, which))
-            written = (k for k, i in enumerate(half.places) if i in dstate and after[k] is not now[k])
-            return out, {half.places[k]: varying_as(after[k], dstate[half.places[k]]) for k in written}
+            written = (k for k, i in enumerate(half.indices) if i in dstate and after[k] is not now[k])
+            return out, {half.indices[k]: varying_as(after[k], dstate[half.indices[k]]) for k in written}
 
-        (out, state), pull = jax.vjp(outputs, [given[k] for k in moving], point)
+        (out, state), pull = jax.vjp(outputs, [given[k] for k in differentiated], point)
         moved_grads, dpoint = pull((dy.astype(out.dtype), {i: once_as(dstate[i], x) for i, x in state.items()}))
         summed: Values = {}
-        for k, grad in zip(moving, moved_grads, strict=True):
-            _accumulate(summed, {half.places[k]: grad})
+        for k, grad in zip(differentiated, moved_grads, strict=True):
+            _accumulate(summed, {half.indices[k]: grad})
         return self.streams.add(y, out, -1), dx + dpoint.astype(dx.dtype), summed
 
     def _as_input(self, x: Any, which: int) -> Any:
@@ -184,15 +184,15 @@ class Chain:
 
 def _run(half: Half, values: list[Any], x: Any) -> Any:
     """The output of `half`; the state that it changed is put into `values`."""
-    out, after = half.call([values[i] for i in half.places], x)
-    for i, new in zip(half.places, after, strict=True):
+    out, after = half.call([values[i] for i in half.indices], x)
+    for i, new in zip(half.indices, after, strict=True):
         values[i] = new
     return out
 
 
 def _state_before(half: Half, values: Sequence[Any], given: Sequence[Any]) -> Values:
     """What others have changed of the arrays that `half` is about to read: counts of random streams, not what a gradient would go through."""
-    changed = _changed(half.places, values, given)
+    changed = _changed(half.indices, values, given)
     if any(is_inexact(x) for x in changed.values()):
         raise TypeError(
             f"{half.name} reads floating-point state that an earlier block has changed in the same pass, and no gradient goes through it: "
@@ -201,8 +201,8 @@ def _state_before(half: Half, values: Sequence[Any], given: Sequence[Any]) -> Va
     return changed
 
 
-def _changed(places: Sequence[int], values: Sequence[Any], given: Sequence[Any]) -> Values:
-    return {i: values[i] for i in places if values[i] is not given[i]}
+def _changed(indices: Sequence[int], values: Sequence[Any], given: Sequence[Any]) -> Values:
+    return {i: values[i] for i in indices if values[i] is not given[i]}
 
 
 def _accumulate(sums: Values, grads: Values) -> None:

@@ -78,8 +78,8 @@ def make_chain(
     _refuse_streams_of_keys(who, (args, kwargs))
     extra = {k: arrays.place(x) for k, x in enumerate(leaves) if is_array(x)}
     halves = []
-    for (places, call), (_, name), stream in zip(own, named, [x1, x2] * len(pairs), strict=True):
-        halves.append(Half(_with_extra(call, len(places), list(extra), leaves, tree, name, stream), (*places, *extra.values()), name))
+    for (indices, call), (_, name), stream in zip(own, named, [x1, x2] * len(pairs), strict=True):
+        halves.append(Half(_with_extra(call, len(indices), list(extra), leaves, tree, name, stream), (*indices, *extra.values()), name))
     chain = Chain(tuple(zip(halves[::2], halves[1::2], strict=True)), streams, stacked, length)
     return chain, arrays
 
@@ -132,10 +132,10 @@ def _take_module_apart(module: nnx.Module, name: str, arrays: Arrays) -> tuple[l
     graph, state = nnx.split(module)
     tree = jax.tree.structure(state)
     variables = {path: node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Variable)}
-    places = []
+    indices = []
     for path, leaf in nnx.to_flat_state(state):
         value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
-        places.append(arrays.place(value, variables.get(path)))
+        indices.append(arrays.place(value, variables.get(path)))
 
     def call(given: list[Any], x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
         copy = nnx.merge(graph, tree.unflatten(given))
@@ -145,7 +145,7 @@ def _take_module_apart(module: nnx.Module, name: str, arrays: Arrays) -> tuple[l
             raise TypeError(f"{name} adds to its variables when it is called (sow, or created on first use), which is not possible here")
         return out, jax.tree.leaves(after)
 
-    return places, call
+    return indices, call
 
 
 def _modules_in(fn: Any, visited: set[int]) -> Any:

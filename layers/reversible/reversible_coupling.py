@@ -59,15 +59,15 @@ class ReversibleCouplingFunction(Function):
         chain = ctx.chain
         streams, arrays = chain.streams, list(ctx.arrays)
         (x1, x2), _, _ = chain.retreat(arrays, ctx.seen, ctx.y, None, {}, ())
-        moving = [i for i, a in enumerate(arrays) if is_inexact(a)]
+        differentiated = [i for i, a in enumerate(arrays) if is_inexact(a)]
 
         def outputs(x1_smooth: Any, x2_smooth: Any, moved: list[Any]) -> Any:
-            now = dict(enumerate(arrays)) | dict(zip(moving, moved, strict=True))
+            now = dict(enumerate(arrays)) | dict(zip(differentiated, moved, strict=True))
             y1, y2, _, changed = chain.advance(list(now.values()), streams.follow(x1, x1_smooth), streams.follow(x2, x2_smooth))
             return (streams.read(y1), streams.read(y2), {i: x for i, x in changed.items() if is_inexact(x)}), dict.fromkeys(changed)
 
-        at = (streams.read(x1), streams.read(x2), [arrays[i] for i in moving])
-        given = (x1_dot, x2_dot, [arrays_dot[i] for i in moving])
+        at = (streams.read(x1), streams.read(x2), [arrays[i] for i in differentiated])
+        given = (x1_dot, x2_dot, [arrays_dot[i] for i in differentiated])
         towards = jax.tree.map(lambda x, t: compat.zeros(jax.typeof(x)) if t is None else t.astype(x.dtype), at, given)
         _, (y1_dot, y2_dot, changed_dot), absent = jax.jvp(outputs, at, towards, has_aux=True)
         return y1_dot, y2_dot, absent | changed_dot

@@ -122,7 +122,7 @@ def _gated(name: str, nodes: set[Node], gate: Value, v: Value) -> list[Match]:
     if name not in GATED or u is None or u.name != "mul" or u.inputs[0] is u.inputs[1]:
         return []
     up = u.other(v)
-    if up.shape != gate.shape or not up.moving or up is gate:
+    if up.shape != gate.shape or not up.differentiated or up is gate:
         return []
     return [_match(*GATED[name], nodes | {u}, [gate, up], u.out)]
 

@@ -99,4 +99,4 @@ def _match(nodes: set[Node], kept: Kept) -> Match | None:
 
 def choices(n: Node) -> int:
     """The bytes that say which operand a maximum is."""
-    return n.out.size if n.name in CHOICES and any(v.moving for v in n.inputs) else 0
+    return n.out.size if n.name in CHOICES and any(v.differentiated for v in n.inputs) else 0

@@ -21,16 +21,16 @@ class Value:
         const: the array, where it is a constant or an argument whose value is known.
         users: the nodes that read it, one entry a reading.
         kept: whether it is an output of the graph.
-        moving: whether it depends on an argument through floating-point numbers, so that a gradient may go through it.
+        differentiated: whether it depends on an argument through floating-point numbers, so that a gradient may go through it.
         is_lasting: whether it is there in the backward pass whatever is kept: a constant, or an argument that is no carry of a loop.
     """
 
-    __slots__ = ("_static", "aval", "const", "is_lasting", "kept", "moving", "node", "users")
+    __slots__ = ("_static", "aval", "const", "differentiated", "is_lasting", "kept", "node", "users")
 
     def __init__(self, aval: Any, node: Node | None = None, const: Any = None):
         self.aval, self.node, self.const = aval, node, const
         self.users: list[Node] = []
-        self.kept, self.moving, self.is_lasting = False, False, node is None
+        self.kept, self.differentiated, self.is_lasting = False, False, node is None
         self._static: bool | None = None
 
     @property
@@ -121,11 +121,11 @@ class Graph:
 
     def _mark_moving(self) -> None:
         for v in self.inputs:
-            v.moving = is_float(v) and v.const is None
+            v.differentiated = is_float(v) and v.const is None
         for n in self.nodes:
-            moves = n.name != "stop_gradient" and any(v.moving for v in n.inputs)
+            moves = n.name != "stop_gradient" and any(v.differentiated for v in n.inputs)
             for o in n.outputs:
-                o.moving = moves and is_float(o)
+                o.differentiated = moves and is_float(o)
 
 
 def is_float(v: Value) -> bool:

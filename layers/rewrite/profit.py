@@ -27,22 +27,22 @@ def freed(m: Match) -> int:
     border = {id(v) for v in (*m.inputs, *m.outputs)}
     outside = {id(v) for n in m.nodes for v in n.inputs if v.node not in m.nodes}
     kept = {id(v): v.bytes for n in m.nodes for v in saved_by(n) if id(v) not in border | outside}
-    return sum(kept.values()) + sum(n.out.size for n in m.nodes if n.name in CHOICES and any(v.moving for v in n.inputs))
+    return sum(kept.values()) + sum(n.out.size for n in m.nodes if n.name in CHOICES and any(v.differentiated for v in n.inputs))
 
 
 def saved_by(n: Node) -> Iterator[Value]:
     """The values that the derivative of an operation reads."""
-    if n.name in OF_OUTPUT and n.inputs[0].moving:
+    if n.name in OF_OUTPUT and n.inputs[0].differentiated:
         yield n.out
     elif n.name in OF_INPUT or n.name in RULES:
-        yield from (v for v in n.inputs if v.moving)
+        yield from (v for v in n.inputs if v.differentiated)
     elif n.name == "mul" or n.name in PRODUCTS:
-        yield from (a for a, b in zip(n.inputs, n.inputs[::-1], strict=True) if b.moving and a.const is None)
+        yield from (a for a, b in zip(n.inputs, n.inputs[::-1], strict=True) if b.differentiated and a.const is None)
     elif n.name in ("div", "pow", "atan2"):
-        yield from (v for v in n.inputs if v.const is None and any(x.moving for x in n.inputs))
-    elif n.name == "select_n" and any(v.moving for v in n.inputs[1:]):
+        yield from (v for v in n.inputs if v.const is None and any(x.differentiated for x in n.inputs))
+    elif n.name == "select_n" and any(v.differentiated for v in n.inputs[1:]):
         yield n.inputs[0]
-    elif n.name == "gather" and n.inputs[0].moving:
+    elif n.name == "gather" and n.inputs[0].differentiated:
         yield n.inputs[1]
 
 

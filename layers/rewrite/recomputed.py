@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from layers.core import compat
+from layers.core.deferred import zero_after
 from layers.core.function import Function
-from layers.core.placed_barrier import placed_barrier
 from layers.core.recompute import is_transposing
-from layers.core.zeros import zero_after
+from layers.core.varying_barrier import varying_barrier
 from layers.rewrite.cut import cheapest
 from layers.rewrite.evaluation import run_node
 from layers.rewrite.graph import Node, Value
@@ -82,7 +82,7 @@ class RecomputedFunction(Function):
     @staticmethod
     def backward(ctx, *grads):
         plan = ctx.plan
-        kept, grads = placed_barrier(ctx.saved_tensors, [g for g, o in zip(grads, plan.outputs, strict=True) if is_inexact(o)])
+        kept, grads = varying_barrier(ctx.saved_tensors, [g for g, o in zip(grads, plan.outputs, strict=True) if is_inexact(o)])
         found = dict(zip(plan.wanted, plan.pull(kept, grads), strict=True))
         return None, *(found.get(i) for i in range(len(plan.graph.inputs)))
 

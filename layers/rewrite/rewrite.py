@@ -129,12 +129,12 @@ def _program(
 class Signature:
     """The arguments of a call without their arrays, hashable where these are, so that what it leads to is traced once."""
 
-    def __init__(self, tree: Any, fixed: tuple[Any, ...], places: tuple[int, ...], graph: Any):
-        self.tree, self.fixed, self.places, self.graph = tree, fixed, places, graph
+    def __init__(self, tree: Any, fixed: tuple[Any, ...], indices: tuple[int, ...], graph: Any):
+        self.tree, self.fixed, self.indices, self.graph = tree, fixed, indices, graph
 
     def join(self, arrays: Sequence[Any]) -> Any:
         leaves = list(self.fixed)
-        for i, x in zip(self.places, arrays, strict=True):
+        for i, x in zip(self.indices, arrays, strict=True):
             leaves[i] = x
         return jax.tree.unflatten(self.tree, leaves)
 
@@ -148,7 +148,7 @@ class Signature:
 
     @property
     def _key(self) -> Any:
-        return self.tree, self.fixed, tuple(map(type, self.fixed)), self.places, self.graph
+        return self.tree, self.fixed, tuple(map(type, self.fixed)), self.indices, self.graph
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -160,9 +160,9 @@ class Signature:
 def _divide(values: Any, graph: Any) -> tuple[Signature, list[Any]]:
     """The signature and the arrays of a pytree, beside the graph of its modules."""
     leaves, tree = jax.tree.flatten(values)
-    places = tuple(i for i, x in enumerate(leaves) if _is_array(x))
+    indices = tuple(i for i, x in enumerate(leaves) if _is_array(x))
     fixed = tuple(None if _is_array(x) else x for x in leaves)
-    return Signature(tree, fixed, places, graph), [leaves[i] for i in places]
+    return Signature(tree, fixed, indices, graph), [leaves[i] for i in indices]
 
 
 def _is_array(x: Any) -> bool:

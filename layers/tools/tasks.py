@@ -44,8 +44,8 @@ def digits(modules: ModuleType) -> Task:
     train, test = ((jnp.asarray(images[m]), jnp.asarray(labels[m])) for m in (~held, held))
 
     def draw(key: jax.Array, size: int) -> Any:
-        places = jax.random.randint(key, (size,), 0, len(train[0]))
-        return train[0][places], train[1][places]
+        indices = jax.random.randint(key, (size,), 0, len(train[0]))
+        return train[0][indices], train[1][indices]
 
     def loss(model: Any, batch: Any) -> jax.Array:
         if modules is layers:

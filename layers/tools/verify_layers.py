@@ -59,11 +59,11 @@ def _moves(x: Any) -> bool:
 
 
 def _outputs_and_gradients(layer: type[Function], leaves: list[Any], tree: Any) -> list[np.ndarray]:
-    moving = [i for i, x in enumerate(leaves) if _moves(x)]
+    differentiated = [i for i, x in enumerate(leaves) if _moves(x)]
 
     def outputs(*moved: Any) -> list[Any]:
         now = list(leaves)
-        for i, x in zip(moving, moved, strict=True):
+        for i, x in zip(differentiated, moved, strict=True):
             now[i] = x
         return [y for y in jax.tree.leaves(layer.apply(*tree.unflatten(now))) if _moves(y)]
 
@@ -71,7 +71,7 @@ def _outputs_and_gradients(layer: type[Function], leaves: list[Any], tree: Any) 
         outs, pull = jax.vjp(outputs, *moved)
         return [*outs, *pull([jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype) for y in outs])]
 
-    return [np.asarray(y, np.float64) for y in jax.jit(program)(*[leaves[i] for i in moving])]
+    return [np.asarray(y, np.float64) for y in jax.jit(program)(*[leaves[i] for i in differentiated])]
 
 
 def _relative(found: np.ndarray, exact: np.ndarray) -> float:

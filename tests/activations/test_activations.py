@@ -59,11 +59,11 @@ def test_values_are_those_of_jax_nn_bit_for_bit(name):
 @EVERY
 def test_gradients_of_both_orders_and_tangents_are_those_of_autodiff_in_float64(name):
     def everything(fn, args):
-        places = tuple(range(len(args)))
-        first = jit_grad(partial(loss, fn), places)
+        indices = tuple(range(len(args)))
+        first = jit_grad(partial(loss, fn), indices)
         dot = lambda *a: sum((g * jnp.cos(x)).sum() for g, x in zip(first(*a), a, strict=True))
         tangents = jax.jvp(partial(loss, fn), args, args)[1]
-        return first(*args), jax.grad(dot, places)(*args), tangents, jax.jvp(first, args, args)[1]
+        return first(*args), jax.grad(dot, indices)(*args), tangents, jax.jvp(first, args, args)[1]
 
     with jax.enable_x64(True):
         args = draw(name, (40,), jnp.float64)

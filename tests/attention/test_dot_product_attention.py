@@ -130,15 +130,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def with_moving(options: dict[str, Any]) -> tuple[list[str], list[jax.Array], dict[str, Any]]:
     """Names and values of the arrays among the options that are differentiated, and the other options."""
     names = [n for n in ("bias", "sinks") if n in options]
-    moving = [draw_normal(7, options[n], jnp.float64) for n in names]
-    return names, moving, {n: x for n, x in options.items() if n not in names}
+    differentiated = [draw_normal(7, options[n], jnp.float64) for n in names]
+    return names, differentiated, {n: x for n, x in options.items() if n not in names}
 
 
 @pytest.mark.parametrize("name, kv_heads", [*((name, KV_HEADS) for name in OPTIONS), ("plain", 1), ("all", 1), ("plain", 4), ("all", 4)])
 def test_values_and_gradients_are_those_of_the_definition(name: str, kv_heads: int, small_blocks: None) -> None:
     with jax.enable_x64(True):
-        names, moving, rest = with_moving(OPTIONS[name])
-        args = [*arrays(jnp.float64, kv_heads), *moving]
+        names, differentiated, rest = with_moving(OPTIONS[name])
+        args = [*arrays(jnp.float64, kv_heads), *differentiated]
 
         def ours(q, k, v, *moved):
             return dot_product_attention(q, k, v, **dict(zip(names, moved, strict=True)), **rest, return_logsumexp=True)
@@ -155,8 +155,8 @@ def test_values_and_gradients_are_those_of_the_definition(name: str, kv_heads: i
 @pytest.mark.parametrize("name", ["no keys at all", "all"])
 def test_second_derivatives_and_forward_mode_are_those_of_the_definition(name: str, small_blocks: None) -> None:
     with jax.enable_x64(True):
-        names, moving, rest = with_moving(OPTIONS[name])
-        args = [*arrays(jnp.float64), *moving]
+        names, differentiated, rest = with_moving(OPTIONS[name])
+        args = [*arrays(jnp.float64), *differentiated]
         along = [jnp.asarray(np.cos(x)) for x in args]
 
         def scalar(f, **extra):

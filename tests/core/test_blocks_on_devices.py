@@ -79,8 +79,8 @@ jit_quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level
 
 def gradient(fn, arguments):
     """Of a loss of the outputs, with respect to all arguments that have one."""
-    moving = tuple(i for i, x in enumerate(arguments) if jnp.issubdtype(x.dtype, jnp.floating))
-    return jax.value_and_grad(lambda *a: sum(jnp.sin(y).sum() for y in jax.tree.leaves(fn(*a))), moving)
+    differentiated = tuple(i for i, x in enumerate(arguments) if jnp.issubdtype(x.dtype, jnp.floating))
+    return jax.value_and_grad(lambda *a: sum(jnp.sin(y).sum() for y in jax.tree.leaves(fn(*a))), differentiated)
 
 
 def communication(compiled):

@@ -137,12 +137,12 @@ def test_axes_are_counted_from_the_front():
 
 def test_places_are_counted_from_the_front_and_all_of_them_for_none():
     for value, found in ((None, [0, 1, 2]), (1, [1]), (np.int64(-1), [2]), ((0, -1), [0, 2]), (range(2), [0, 1])):
-        assert checks.places("layer", "argnums", value, 3) == found
+        assert checks.indices("layer", "argnums", value, 3) == found
     with pytest.raises(ValueError, match="layer: argnums names argument 3, but there are 3: it must lie from -3 to 2"):
-        checks.places("layer", "argnums", (0, 3), 3)
+        checks.indices("layer", "argnums", (0, 3), 3)
     for wrong in ("0", 0.5, True, (0, None)):
         with pytest.raises(TypeError, match="layer: argnums is"):
-            checks.places("layer", "argnums", wrong, 3)
+            checks.indices("layer", "argnums", wrong, 3)
 
 
 def test_one_or_several_become_a_tuple():

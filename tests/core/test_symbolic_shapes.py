@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from layers.core.blocks import block_size, by_device, fold_blocks, scan_blocks
+from layers.core.deferred import scan_blocks_deferred
 from layers.core.hashing import hash_bits
-from layers.core.late import scan_blocks_late
 from layers.dropout.dropout import dropout
 from layers.losses.linear_cross_entropy import linear_cross_entropy
 from layers.losses.linear_jsd import linear_jsd
@@ -88,7 +88,7 @@ def test_hash_of_a_symbolic_batch_is_that_of_its_size(shape):
     np.testing.assert_array_equal(exported(lambda x: hash_bits(words, x.shape), shape)(x), hash_bits(words, x.shape))
 
 
-@pytest.mark.parametrize("loop", [scan_blocks, fold_blocks, scan_blocks_late])
+@pytest.mark.parametrize("loop", [scan_blocks, fold_blocks, scan_blocks_deferred])
 def test_loop_over_a_symbolic_number_of_rows_is_one_block(loop):
     sizes = []
 

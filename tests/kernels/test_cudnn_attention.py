@@ -71,7 +71,7 @@ def both_ways(case, uses_lse=True):
     return way("cudnn"), way("xla"), args
 
 
-def moving(args):
+def differentiated(args):
     return tuple(i for i, x in enumerate(args) if x is not None)
 
 
@@ -80,7 +80,7 @@ def moving(args):
 def test_values_and_gradients_are_those_of_xla(case, uses_lse, cudnn):
     with jax.enable_x64(True):
         by_cudnn, by_xla, args = both_ways(case, uses_lse)
-        got, expected = (jax.value_and_grad(f, moving(args))(*args) for f in (by_cudnn, by_xla))
+        got, expected = (jax.value_and_grad(f, differentiated(args))(*args) for f in (by_cudnn, by_xla))
         assert_trees_close(got, expected, rtol=1e-9, atol=1e-10)
         assert cudnn.calls == ["forward", "backward"]
 
@@ -89,13 +89,13 @@ def test_values_and_gradients_are_those_of_xla(case, uses_lse, cudnn):
 def test_forward_mode_and_second_derivatives_are_those_of_xla(case, cudnn):
     with jax.enable_x64(True):
         by_cudnn, by_xla, args = both_ways(case)
-        given = [args[i] for i in moving(args)]
+        given = [args[i] for i in differentiated(args)]
         along = [jnp.cos(x) for x in given]
 
         def derivatives(f):
             def of_moving(*moved):
                 now = list(args)
-                for i, x in zip(moving(args), moved, strict=True):
+                for i, x in zip(differentiated(args), moved, strict=True):
                     now[i] = x
                 return f(*now)
 

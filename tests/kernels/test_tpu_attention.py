@@ -53,10 +53,10 @@ def both_ways(case):
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_xla(case):
     by_kernel, by_xla, args = both_ways(case)
-    moving = tuple(i for i, x in enumerate(args) if x is not None)
+    differentiated = tuple(i for i, x in enumerate(args) if x is not None)
     with pltpu.force_tpu_interpret_mode():
-        got = jax.jit(jax.value_and_grad(by_kernel, moving))(*args)
-    assert_trees_close(got, jax.jit(jax.value_and_grad(by_xla, moving))(*args), rtol=1e-4, atol=1e-4)
+        got = jax.jit(jax.value_and_grad(by_kernel, differentiated))(*args)
+    assert_trees_close(got, jax.jit(jax.value_and_grad(by_xla, differentiated))(*args), rtol=1e-4, atol=1e-4)
 
 
 def test_what_no_query_sees_may_be_nan():

@@ -47,14 +47,14 @@ EVERY = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 def results(loss, labels, args, *, compile_by=reference.jit_quickly, **options):
     """The outputs, and the gradients of all floating-point arguments from different gradients of every output."""
-    moving = (*args, labels) if jnp.issubdtype(labels.dtype, jnp.floating) else args
+    differentiated = (*args, labels) if jnp.issubdtype(labels.dtype, jnp.floating) else args
 
-    def run(*moving):
+    def run(*differentiated):
         call = lambda *m: loss(*m[:3], m[3] if len(m) > 3 else labels, **options)
-        outputs, pull = jax.vjp(call, *moving)
+        outputs, pull = jax.vjp(call, *differentiated)
         return outputs, pull(jax.tree.map(lambda y: jnp.cos(jnp.arange(y.size, dtype=y.dtype) + 0.3).reshape(y.shape), outputs))
 
-    return compile_by(run)(*moving)
+    return compile_by(run)(*differentiated)
 
 
 # Values and gradients

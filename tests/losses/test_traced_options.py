@@ -22,9 +22,10 @@ NUMBERS = {
 }
 
 
-def loss_of(name, numbers, **moving):
+def loss_of(name, numbers, **differentiated):
     call = CALLS[name][-1] if isinstance(CALLS[name], list) else CALLS[name]
-    return sum(y.sum() for y in jax.tree.leaves(getattr(layers, name)(**{**call(), **numbers, **moving})) if jnp.issubdtype(y.dtype, jnp.floating))
+    outputs = jax.tree.leaves(getattr(layers, name)(**{**call(), **numbers, **differentiated}))
+    return sum(y.sum() for y in outputs if jnp.issubdtype(y.dtype, jnp.floating))
 
 
 def bias_of(name):

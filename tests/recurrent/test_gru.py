@@ -84,11 +84,11 @@ def test_gradient_is_that_of_finite_differences():
 
 def test_torch_computes_the_same():
     r = torch_reference("gru")
-    moving = ("x", "input_kernel", "recurrent_kernel", "bias", "recurrent_bias", "h")
+    differentiated = ("x", "input_kernel", "recurrent_kernel", "bias", "recurrent_bias", "h")
     with jax.enable_x64(True):
-        out, pull = jax.vjp(jax.jit(ours), *[r[name] for name in moving])
+        out, pull = jax.vjp(jax.jit(ours), *[r[name] for name in differentiated])
         assert_trees_close(out, (r["y"], r["last_h"]), rtol=1e-10, atol=1e-12)
-        assert_trees_close(pull(jax.tree.map(jnp.cos, out)), tuple(r[f"d_{name}"] for name in moving), rtol=1e-10, atol=1e-12)
+        assert_trees_close(pull(jax.tree.map(jnp.cos, out)), tuple(r[f"d_{name}"] for name in differentiated), rtol=1e-10, atol=1e-12)
 
 
 def test_forward_mode_and_second_derivatives_are_those_of_the_loop(monkeypatch):

@@ -68,18 +68,18 @@ def test_layer_compiles_forward_and_backward(device, layer):
     args = layer.example(jax.random.key(0), jnp.bfloat16)
     leaves, tree = jax.tree.flatten(args)
     arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
-    moving = [i for i in arrays if jnp.issubdtype(leaves[i].dtype, jnp.floating)]
+    differentiated = [i for i in arrays if jnp.issubdtype(leaves[i].dtype, jnp.floating)]
 
     def gradient(*given):
         def loss(*moved):
             now = list(leaves)
-            for places, values in ((arrays, given), (moving, moved)):
-                for i, x in zip(places, values, strict=True):
+            for indices, values in ((arrays, given), (differentiated, moved)):
+                for i, x in zip(indices, values, strict=True):
                     now[i] = x
             outputs = jax.tree.leaves(layer.apply(*tree.unflatten(now)))
             return sum(y.astype(jnp.float32).sum() for y in outputs if jnp.issubdtype(y.dtype, jnp.floating))
 
-        return jax.grad(loss, tuple(range(len(moving))))(*[given[arrays.index(i)] for i in moving])
+        return jax.grad(loss, tuple(range(len(differentiated))))(*[given[arrays.index(i)] for i in differentiated])
 
     assert devices.compile_for(device, gradient, tuple(leaves[i] for i in arrays)).memory_analysis() is not None
 

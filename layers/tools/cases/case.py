@@ -70,15 +70,15 @@ def forward_and_backward(fn: Fn) -> Fn:
     """`(cotangent, *args)` to the output and the gradients of all floating-point arguments."""
 
     def program(cotangent: Any, *args: Any) -> Any:
-        moving = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
+        differentiated = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
 
         def of_moving(*moved: Any) -> Any:
             now = list(args)
-            for i, x in zip(moving, moved, strict=True):
+            for i, x in zip(differentiated, moved, strict=True):
                 now[i] = x
             return fn(*now)
 
-        out, pull = jax.vjp(of_moving, *[args[i] for i in moving])
+        out, pull = jax.vjp(of_moving, *[args[i] for i in differentiated])
         return out, pull(cotangent)
 
     return program
@@ -97,10 +97,10 @@ def _torch_run(fn: Fn, cotangent: Any, *args: Any) -> Callable[[], Any]:
     torch: Any = importlib.import_module("torch")
     tensors = [_as_tensor(torch, x) for x in args]
     gradient = torch.from_numpy(np.array(cotangent))
-    moving = [t.requires_grad_() for t in tensors if t.is_floating_point()]
+    differentiated = [t.requires_grad_() for t in tensors if t.is_floating_point()]
 
     def run() -> Any:
-        return torch.autograd.grad(fn(torch, *tensors), moving, gradient)
+        return torch.autograd.grad(fn(torch, *tensors), differentiated, gradient)
 
     return run
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from layers.core.zeros import zero_after
+from layers.core.deferred import zero_after
 
 
 @pytest.mark.parametrize("first", [1.0, -1.0, 0.0, jnp.nan, jnp.inf, -jnp.inf])

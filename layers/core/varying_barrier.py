@@ -10,7 +10,7 @@ from layers.core import compat
 from layers.core.recompute import barrier
 
 
-def placed_barrier(residuals: Any, cotangents: Any) -> tuple[Any, Any]:
+def varying_barrier(residuals: Any, cotangents: Any) -> tuple[Any, Any]:
     """`barrier` for the arrays that vary over all the mesh axes that any of these varies over (`shard_map`); it would mark the others as such.
 
     What is computed from the others alone is the same in forward and backward, and XLA may merge it.

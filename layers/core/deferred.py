@@ -1,7 +1,8 @@
-"""Loops over blocks of rows, in a backward, that take their memory late.
+"""Loops of a backward whose memory XLA allocates no earlier than they run.
 
-The sums of a loop and its output start as zeros that XLA cannot write early (`core/zeros.py`), and the output is written in place into what is
-carried along: each loop's memory is taken when its turn comes.
+What a loop starts from depends on nothing, so XLA's scheduler on the CPU writes the zeros of the backward loops of all layers first, and a
+stack of n layers holds n of each at once. Made of an element of what the loop reads, they are allocated when its turn comes; and the output of a
+loop over blocks of rows is written in place into what is carried along.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ from jax.export import is_symbolic_dim
 from layers.core import compat
 from layers.core.blocks import count_rows, scan_blocks
 from layers.core.recompute import is_transposing
-from layers.core.zeros import on_one_device, zero_after
+from layers.core.sharding import on_one_device
 
 
-def scan_blocks_late(body: Callable[..., tuple[Any, Any]], sums: Any, arrays: Any, *, block: int) -> tuple[Any, Any]:
+def zero_after(x: jax.Array) -> Any:
+    """A floating-point zero that XLA cannot tell from an element of `x`; a plain one where `x` is empty or may lie on several devices."""
+    if x.size == 0 or not on_one_device(x):
+        return 0.0
+    first = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
+    return jnp.where(first > 0, -0.0, 0.0)
+
+
+def scan_blocks_deferred(body: Callable[..., tuple[Any, Any]], sums: Any, arrays: Any, *, block: int) -> tuple[Any, Any]:
     """`scan_blocks` that takes no memory before the first of `arrays` is there: the incoming gradient, of a floating-point dtype.
 
     The same loop as any other where the rows may lie on several devices, and in a rule that is transposed, which must be linear throughout.

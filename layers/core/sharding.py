@@ -1,26 +1,10 @@
-"""Zeros that XLA cannot write early.
-
-What a loop starts from depends on nothing, so XLA's scheduler on the CPU writes the zeros of the backward loops of all layers first, and a
-stack of n layers holds n of each at once. Made of an element of what the loop reads, they take their memory when its turn comes.
-"""
+"""How arrays lie on devices: what rules ask before they move data, and what loops start from."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-
-def zero_after(x: jax.Array) -> Any:
-    """A floating-point zero that XLA cannot tell from an element of `x`; a plain one where `x` is empty or may lie on several devices."""
-    if x.size == 0 or not on_one_device(x):
-        return 0.0
-    first = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
-    return jnp.where(first > 0, -0.0, 0.0)
 
 
 def on_one_device(*arrays: jax.Array) -> bool:
@@ -35,7 +19,7 @@ def explicit_sharding(x: jax.Array) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def lie_like(made: jax.Array, x: jax.Array) -> jax.Array:
+def sharded_as(made: jax.Array, x: jax.Array) -> jax.Array:
     """`made`, what a loop starts from, with its axes along explicit axes of a mesh as the first ones of `x` are."""
     like = explicit_sharding(x)
     return made if like is None else jax.sharding.reshard(made, NamedSharding(like.mesh, P(*like.spec[: made.ndim])))

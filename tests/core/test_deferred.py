@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from layers.core.blocks import scan_blocks
-from layers.core.late import scan_blocks_late
+from layers.core.deferred import scan_blocks_deferred
 from layers.core.recompute import no_barriers
 from tests.core.functions import floats
 from tests.support import assert_trees_close, temp_bytes
@@ -21,7 +21,7 @@ def body(sums, rows):
 
 
 def loop(dy, x, block=2):
-    return scan_blocks_late(body, jnp.zeros(x.shape[1:]), (dy, x), block=block)
+    return scan_blocks_deferred(body, jnp.zeros(x.shape[1:]), (dy, x), block=block)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 10])

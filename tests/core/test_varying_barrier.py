@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from layers.core import compat
-from layers.core.placed_barrier import placed_barrier
+from layers.core.varying_barrier import varying_barrier
 
 
 @pytest.mark.devices(2)
@@ -14,7 +14,7 @@ def test_arrays_are_the_same_and_vary_over_the_axes_that_they_varied_over():
     mesh, varied = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,)), []
 
     def part(x, w):
-        (a, b), (c, none) = placed_barrier((x, w), (2 * x, None))
+        (a, b), (c, none) = varying_barrier((x, w), (2 * x, None))
         varied.extend(bool(compat.varying_axes(jax.typeof(y))) for y in (a, b, c))
         assert none is None
         return a + b + c
@@ -25,5 +25,5 @@ def test_arrays_are_the_same_and_vary_over_the_axes_that_they_varied_over():
 
 
 def test_without_a_mesh_everything_waits_for_the_gradient():
-    program = jax.make_jaxpr(placed_barrier)((1.0, 2.0), 3.0)
+    program = jax.make_jaxpr(varying_barrier)((1.0, 2.0), 3.0)
     assert [len(e.invars) for e in program.eqns if e.primitive.name == "optimization_barrier"] == [3]
