@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from layers.core import checks
 from layers.core.elementwise import Activation, elementwise
-from layers.core.function import Function
 from layers.core.recompute import barrier
+from layers.function.function import Function
 
 
 class UnaryFunction(Function):

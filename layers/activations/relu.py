@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from layers.core import checks
 from layers.core.bits import pack_bits, unpack_bits
-from layers.core.function import Function
+from layers.function.function import Function
 
 
 class ReLUFunction(Function):

@@ -43,10 +43,10 @@ from layers.attention.weights import exact_output, sink_weights, times, weights_
 from layers.core import checks
 from layers.core.compat import zeros
 from layers.core.constants import refuse_gradient
-from layers.core.function import Function
 from layers.core.numerics import dot, scaled, wide
 from layers.core.recompute import barrier
 from layers.core.sharding import sharded_as
+from layers.function.function import Function
 from layers.kernels.attention import KERNELS
 from layers.kernels.dispatch import NAMES, choose
 

@@ -25,8 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from layers.attention.frequencies import WHO, scaled_frequencies
 from layers.core import checks
-from layers.core.function import Function
 from layers.core.numerics import wide
+from layers.function.function import Function
 
 
 @dataclass(frozen=True)

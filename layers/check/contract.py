@@ -16,8 +16,9 @@ import numpy as np
 
 from layers.check.gradcheck import gradcheck, has_gradient
 from layers.check.second import RAYS, Second, beside, direction_at, nan_on_rays, second_derivative
-from layers.core import checks, engine
-from layers.core.function import Function
+from layers.core import checks
+from layers.function import engine
+from layers.function.function import Function
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ import numpy as np
 
 from layers.check.hints import likely_mistake, likely_second_mistake
 from layers.core import checks
-from layers.core.context import is_array
-from layers.core.function import Function
-from layers.core.trees import is_inexact
+from layers.core.trees import is_array, is_inexact
+from layers.function.function import Function
 
 Fn = Callable[..., Any]
 

@@ -9,7 +9,7 @@ import jax
 
 from layers.check.tables import html_table, text_table
 from layers.core import checks
-from layers.core.context import is_array
+from layers.core.trees import is_array
 from layers.kernels.dispatch import XLA, Decision, recording
 from layers.kernels.place import here
 

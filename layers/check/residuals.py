@@ -20,7 +20,7 @@ from layers.check.audit import Residual, Residuals
 from layers.check.producers import Producer, clean_scope, find_producer
 from layers.check.scopes import module_scopes
 from layers.core import checks, compat
-from layers.core.context import is_array, is_number
+from layers.core.trees import is_array, is_number
 
 _LIBRARY = tuple(os.sep + os.path.join(*parts) + os.sep for parts in (("layers", "core"), ("layers", "check"), ("flax",), ("equinox",)))
 

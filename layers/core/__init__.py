@@ -1,1 +1,1 @@
-"""What every layer is written against. Imports jax and nothing else."""
+"""What rules are written with. Imports jax and nothing else."""

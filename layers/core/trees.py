@@ -1,4 +1,4 @@
-"""The floating-point leaves of pytrees: which they are, and layers applied to them, one by one or together."""
+"""Leaves of pytrees: which are arrays, and layers applied to the floating-point ones, one by one or together."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.core import checks
-from layers.core.context import is_array
+from layers.core import checks, compat
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is traced and differentiated as an array: JAX arrays and tracers, NumPy arrays and scalars."""
+    return isinstance(x, (compat.Tracer, np.ndarray, np.generic, jax.Array))
+
+
+def is_number(x: Any) -> bool:
+    """Whether `x` is a Python number, which is as good as an array; a bool is an option."""
+    return isinstance(x, (int, float, complex)) and not isinstance(x, bool)
 
 
 def is_inexact(x: Any) -> bool:

@@ -30,10 +30,10 @@ from jaxtyping import Array, Float
 
 from layers.core import checks
 from layers.core.constants import refuse_gradient
-from layers.core.function import Function
 from layers.core.hashing import hash_bits, masked, spared
 from layers.core.numerics import is_known
 from layers.core.recompute import barrier
+from layers.function.function import Function
 
 GENERATORS = ("hash", "threefry")
 

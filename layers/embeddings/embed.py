@@ -22,8 +22,8 @@ from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float, Int
 
 from layers.core import checks
-from layers.core.function import Function
 from layers.core.numerics import wide
+from layers.function.function import Function
 
 
 class EmbedFunction(Function):

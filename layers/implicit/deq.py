@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from layers.core import checks
-from layers.core.context import is_array
+from layers.core.trees import is_array
 from layers.implicit.fixed_point import SOLVERS, solve_fixed_point
 from layers.implicit.options import read
 

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.core import compat
-from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.varying_barrier import varying_barrier
+from layers.function.function import Function
 from layers.implicit import vectors as v
 from layers.implicit.failure import raise_unless
 from layers.implicit.linear import LinearSystem, default_tolerance

@@ -19,8 +19,8 @@ from jax.core import eval_jaxpr
 from jax.sharding import AxisType
 
 from layers.core import compat
-from layers.core.arguments import take_apart
-from layers.core.context import is_array
+from layers.core.trees import is_array
+from layers.function.arguments import take_apart
 
 
 @dataclass(frozen=True, eq=False)

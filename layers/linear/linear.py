@@ -25,10 +25,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from layers.core import checks
-from layers.core.function import Function
 from layers.core.products import products_are_patched
 from layers.core.recompute import barrier
 from layers.core.sharding import explicit_sharding
+from layers.function.function import Function
 
 
 class LinearFunction(Function):

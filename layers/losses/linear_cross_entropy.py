@@ -27,10 +27,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from layers.core.constants import refuse_gradient
-from layers.core.function import Function
 from layers.core.numerics import slope_along, wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
+from layers.function.function import Function
 from layers.losses.arguments import OPTION, as_batch, check_head, check_labels, read_options
 from layers.losses.head import Gradients, Head, by_groups, fold, replace_by_groups, rows_in_block
 from layers.losses.rows import Flow, Rows, label_gradients, row_gradients, row_tangents, touched

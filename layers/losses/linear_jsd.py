@@ -28,10 +28,10 @@ from jaxtyping import Array, Bool, Float
 
 from layers.core import checks
 from layers.core.constants import refuse_gradient
-from layers.core.function import Function
 from layers.core.numerics import product, safe_reciprocal, slope_along, wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
+from layers.function.function import Function
 from layers.losses.arguments import OPTION, as_batch, check_head, check_where, read_options
 from layers.losses.divergence import Options, Stats, divergence_gradients, divergences
 from layers.losses.head import Gradients, Head, by_groups, fold, replace_by_groups, rows_in_block

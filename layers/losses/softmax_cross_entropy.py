@@ -26,12 +26,12 @@ from layers.core import checks
 from layers.core.blocks import block_size as divide
 from layers.core.blocks import by_device, fold_blocks
 from layers.core.constants import refuse_gradient
-from layers.core.function import Function
 from layers.core.machine import UNLIMITED, choose
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
 from layers.core.slices import slice_here
+from layers.function.function import Function
 from layers.losses.arguments import OPTION, as_batch, check_labels, read_options
 from layers.losses.rows import Flow, Rows, label_gradients, row_gradients, row_tangents
 from layers.losses.targets import Labels, Options, reduced, scale_of

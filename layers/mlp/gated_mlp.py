@@ -25,8 +25,8 @@ from jaxtyping import Array, Float
 
 from layers.core.constants import refuse_gradient
 from layers.core.elementwise import ACTIVATIONS, Activation, read_activation
-from layers.core.function import Function
 from layers.core.rows import as_rows
+from layers.function.function import Function
 from layers.mlp import arguments, drops
 from layers.mlp.blocks import Affine, Hidden, Needs, Plan, run, run_back
 

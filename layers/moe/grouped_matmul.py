@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from layers.core import checks
-from layers.core.function import Function
+from layers.function.function import Function
 from layers.moe.group_loops import map_groups, sum_groups
 
 LEAST_BLOCK, MOST_BLOCK = 8, 512

@@ -22,10 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from layers.core import checks
 from layers.core.elementwise import ACTIVATIONS, Activation, read_activation
-from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
+from layers.function.function import Function
 from layers.moe.grouped_matmul import GroupedMatmulFunction, GroupedOuterFunction, block_for
 from layers.moe.top_k_routing import counts_of
 

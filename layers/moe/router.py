@@ -13,9 +13,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from layers.core.function import Function
 from layers.core.numerics import dot, wide
 from layers.core.recompute import barrier
+from layers.function.function import Function
 
 
 class RouterFunction(Function):

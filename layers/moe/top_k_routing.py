@@ -24,9 +24,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from layers.core import checks
-from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.rows import as_rows
+from layers.function.function import Function
 
 SCORES = ("softmax", "sigmoid")
 

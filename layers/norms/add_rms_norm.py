@@ -17,9 +17,9 @@ import jax
 from jaxtyping import Array, Float
 
 from layers.core.constants import refuse_gradient
-from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
+from layers.function.function import Function
 from layers.norms import arguments, statistics
 from layers.norms.statistics import ROWS, affine, by_root, factor, standardized
 

@@ -25,8 +25,8 @@ from jaxtyping import Array, Float
 
 from layers.core import checks
 from layers.core.constants import refuse_gradient
-from layers.core.function import Function
 from layers.core.recompute import barrier
+from layers.function.function import Function
 from layers.norms import arguments, statistics
 from layers.norms.statistics import Over, affine, as_computed, by_root, standardized, weighted
 

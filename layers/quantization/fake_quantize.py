@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.core import checks
-from layers.core.function import Function
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.recompute import barrier
+from layers.function.function import Function
 from layers.quantization.scales import scale_to
 
 

@@ -22,9 +22,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from layers.core import checks
-from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
+from layers.function.function import Function
 from layers.quantization.finite_scalar_codes import check_levels, index_of
 
 _EPSILON = 1e-3

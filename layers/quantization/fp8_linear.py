@@ -28,10 +28,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from layers.core import checks
-from layers.core.function import Function, once_differentiable
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.products import einsum, matmul
 from layers.core.rows import as_rows
+from layers.function.function import Function, once_differentiable
 from layers.quantization.narrow_floats import E4M3, E5M2, Format, narrow_product, rounded
 from layers.quantization.narrow_linear import NarrowLinear, check_linear, like_linear
 from layers.quantization.scales import rescaled, scale_to

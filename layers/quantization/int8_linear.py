@@ -31,11 +31,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from layers.core import checks
-from layers.core.function import Function, once_differentiable
 from layers.core.numerics import safe_reciprocal, wide
 from layers.core.products import matmul
 from layers.core.rows import as_rows
 from layers.core.sharding import explicit_sharding
+from layers.function.function import Function, once_differentiable
 from layers.quantization.narrow_linear import NarrowLinear, check_linear, like_linear
 from layers.quantization.scales import rescaled, scale_to
 

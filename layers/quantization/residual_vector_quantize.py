@@ -22,10 +22,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from layers.core import checks
-from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
+from layers.function.function import Function
 from layers.quantization.codebook import (
     GRADIENTS,
     check_codebook,

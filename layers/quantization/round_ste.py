@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.core import checks
-from layers.core.function import Function
+from layers.function.function import Function
 
 
 class RoundSteFunction(Function):

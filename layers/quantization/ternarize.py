@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.core import checks
-from layers.core.function import Function
 from layers.core.lengths import divided, power_of_two
 from layers.core.numerics import safe_reciprocal, wide
+from layers.function.function import Function
 
 
 class TernarizeFunction(Function):

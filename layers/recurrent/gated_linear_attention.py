@@ -27,11 +27,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from layers.core import checks
-from layers.core.function import Function
 from layers.core.numerics import scaled
 from layers.core.products import einsum
 from layers.core.recompute import barrier
 from layers.core.sharding import sharded_as
+from layers.function.function import Function
 from layers.recurrent.arguments import check_attention, check_chunk_size
 from layers.recurrent.chunks import Chunks, first_state, over_chunks, pull_chunks, run_chunks
 from layers.recurrent.gates import visible

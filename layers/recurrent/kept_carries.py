@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import eval_jaxpr
 
-from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.trees import is_inexact
 from layers.core.varying_barrier import varying_barrier
+from layers.function.function import Function
 from layers.recurrent.loops import scan
 
 Step = Callable[..., tuple[Any, Any]]

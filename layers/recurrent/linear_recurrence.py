@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, Int
 
 from layers.core import checks
-from layers.core.function import Function
+from layers.function.function import Function
 from layers.recurrent.recurrence import before, run, run_back
 from layers.recurrent.segments import resets_of, restart
 

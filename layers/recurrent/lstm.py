@@ -30,11 +30,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.products import jit
 from layers.core.recompute import barrier
 from layers.core.sharding import sharded_as
+from layers.function.function import Function
 from layers.recurrent.gates import Plan, add_wanted, gate_products, hold, product, summed_product, visible, zero_sums
 from layers.recurrent.loops import fold_chunks, scan
 from layers.recurrent.recurrence import before

@@ -28,11 +28,11 @@ from jaxtyping import Array, Float, Int
 
 from layers.core import checks
 from layers.core.elementwise import SILU
-from layers.core.function import Function
 from layers.core.machine import choose, on_accelerator
 from layers.core.numerics import wide
 from layers.core.products import einsum
 from layers.core.recompute import barrier
+from layers.function.function import Function
 from layers.recurrent.arguments import check_axes, check_ndim
 from layers.recurrent.loops import cut, fold_chunks, put, scan, with_first, without_first
 from layers.recurrent.recurrence import before, run, run_back

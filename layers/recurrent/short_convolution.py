@@ -27,11 +27,11 @@ from jaxtyping import Array, Float, Int
 
 from layers.core import checks
 from layers.core.elementwise import ACTIVATIONS
-from layers.core.function import Function
 from layers.core.machine import UNLIMITED, choose, platform
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.sharding import sharded_as
+from layers.function.function import Function
 from layers.recurrent.chunks import cut_rows, put_rows
 from layers.recurrent.gates import visible
 from layers.recurrent.loops import fold_chunks

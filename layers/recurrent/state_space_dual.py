@@ -29,11 +29,11 @@ from jaxtyping import Array, Float, Int
 
 from layers.core import checks
 from layers.core.elementwise import SILU, differentiable
-from layers.core.function import Function
 from layers.core.numerics import wide
 from layers.core.products import einsum
 from layers.core.recompute import barrier
 from layers.core.sharding import sharded_as
+from layers.function.function import Function
 from layers.recurrent.arguments import check_axes, check_chunk_size, check_ndim
 from layers.recurrent.chunks import Chunks, over_chunks, pull_chunks, run_chunks
 from layers.recurrent.gates import visible

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.core.closures import hoist, parts_of
-from layers.core.context import is_array
-from layers.core.trees import is_inexact
+from layers.core.trees import is_array, is_inexact
+from layers.function.closures import hoist, parts_of
 from layers.reversible.chain import Chain, Half
 from layers.reversible.streams import Streams
 

@@ -29,9 +29,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.core import checks, compat
-from layers.core.context import is_array
-from layers.core.function import Function
-from layers.core.trees import is_inexact
+from layers.core.trees import is_array, is_inexact
+from layers.function.function import Function
 from layers.reversible.chain import Chain, Half
 from layers.reversible.halves import make_chain
 from layers.reversible.streams import Streams

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.core import compat
-from layers.core.function import Function
 from layers.core.numerics import wide
+from layers.function.function import Function
 
 
 class FixedPoint(NamedTuple):

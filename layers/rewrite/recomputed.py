@@ -21,9 +21,9 @@ import jax.numpy as jnp
 
 from layers.core import compat
 from layers.core.deferred import zero_after
-from layers.core.function import Function
 from layers.core.recompute import is_transposing
 from layers.core.varying_barrier import varying_barrier
+from layers.function.function import Function
 from layers.rewrite.cut import cheapest
 from layers.rewrite.evaluation import run_node
 from layers.rewrite.graph import Node, Value

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 
 from layers.core import checks
-from layers.core.function import Function
 from layers.core.trees import map_floating_together
+from layers.function.function import Function
 
 
 class AddGradientNoiseFunction(Function):

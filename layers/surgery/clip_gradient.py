@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from layers.core import checks
-from layers.core.function import Function
 from layers.core.lengths import divided, scaled_squares
 from layers.core.numerics import wide
 from layers.core.trees import map_floating_together
+from layers.function.function import Function
 
 
 class ClipGradientFunction(Function):

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.core import checks
-from layers.core.context import is_array
-from layers.core.function import Function
-from layers.core.trees import is_inexact, kind_of
+from layers.core.trees import is_array, is_inexact, kind_of
+from layers.function.function import Function
 
 
 class ReplaceGradientFunction(Function):

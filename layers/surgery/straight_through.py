@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from layers.core import checks
-from layers.core.function import Function
 from layers.core.trees import is_inexact, kind_of, map_floating
+from layers.function.function import Function
 
 
 class StraightThroughFunction(Function):

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.core.engine import ENGINES, Engine, engine
-from layers.core.function import Function
+from layers.function.engine import ENGINES, Engine, engine
+from layers.function.function import Function
 
 CALLS = 24
 SHAPE = (32, 64)

@@ -13,8 +13,8 @@ import jax
 from flax import nnx
 
 import layers
-from layers.core.engine import ENGINES, Engine, engine
-from layers.core.function import Function
+from layers.function.engine import ENGINES, Engine, engine
+from layers.function.function import Function
 from layers.tools import bench_devices
 from layers.tools.bench import GPU_RESULTS, RESULTS, markdown
 from layers.tools.devices import DEVICES

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.core.context import is_array
-from layers.core.function import Function
 from layers.core.machine import compiling_for
+from layers.core.trees import is_array
+from layers.function.function import Function
 
 MOST = {"float32": 1e-4, "bfloat16": 0.1}
 """The relative error of an output or gradient up to which a layer is right: a few times what the examples' sums lose at most."""

@@ -7,7 +7,7 @@ from flax import linen, nnx
 
 from layers.check import audit
 from layers.check.residuals import residuals
-from layers.core.function import Function
+from layers.function.function import Function
 
 X = jnp.linspace(-1.0, 1.0, 32).reshape(4, 8)
 W = jnp.linspace(0.0, 1.0, 64).reshape(8, 8)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.core.function import Function
+from layers.function.function import Function
 
 
 class Linear(Function):

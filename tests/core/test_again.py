@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.core.function import Function, once_differentiable
+from layers.function.function import Function, once_differentiable
 
 X = jnp.float32(0.5)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import layers
-from layers.core import engine
+from layers.function import engine
 from tests.core.functions import floats
 from tests.support import assert_trees_close
 

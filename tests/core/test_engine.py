@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import layers
-from layers.core import compat, engine, private
-from layers.core.function import Function
+from layers.core import compat, private
+from layers.function import engine
+from layers.function.function import Function
 from tests.core.functions import Linear, Mul, ScaledShare, Split, Wrong, floats
 from tests.support import assert_trees_close
 
@@ -204,7 +205,8 @@ import pkgutil
 def absent(place): raise AttributeError(place)
 resolve, pkgutil.resolve_name = pkgutil.resolve_name, absent
 import jax, layers
-from layers.core import engine, private
+from layers.core import private
+from layers.function import engine
 assert set(private.FOUND.values()) == {None} and engine.current() == "custom_vjp"
 print(jax.jit(jax.grad(lambda x: layers.silu(x)))(0.0), jax.jit(jax.vmap(jax.grad(lambda x: layers.softplus(x))))(jax.numpy.zeros(2)))
 """

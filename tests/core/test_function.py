@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.core import engine
-from layers.core.function import Function, GradFn, once_differentiable
+from layers.function import engine
+from layers.function.function import Function, GradFn, once_differentiable
 from tests.core.functions import Cube, Linear, Masked, Mul, NoArrays, Noise, Options, Sort, Split, Tree, Unchanged, Wrong, floats
 from tests.support import assert_trees_close
 

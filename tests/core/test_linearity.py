@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from layers.core.function import Function
+from layers.function.function import Function
 
 X, W = jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 2.0, 3.0])
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import layers
-from layers.core.function import Function
+from layers.function.function import Function
 from tests.core.functions import CASES, Cube, Linear, Mul, ScaledShare, Split, Unchanged, Wrong, floats
 from tests.support import assert_trees_close, mesh_of, saved_bytes
 

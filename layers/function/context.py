@@ -7,19 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from layers.core import compat
-
-
-def is_array(x: Any) -> bool:
-    """Whether `x` is traced and differentiated as an array: JAX arrays and tracers, NumPy arrays and scalars."""
-    return isinstance(x, (compat.Tracer, np.ndarray, np.generic, jax.Array))
-
-
-def is_number(x: Any) -> bool:
-    """Whether `x` is a Python number, which is as good as an array; a bool is an option."""
-    return isinstance(x, (int, float, complex)) and not isinstance(x, bool)
+from layers.core.trees import is_array, is_number
 
 
 class Context:

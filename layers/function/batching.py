@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.core.arguments import ArrayPlace, take_apart
 from layers.core.stand_in import stand_in
-from layers.core.structure import Skeleton
+from layers.function.arguments import ArrayPlace, take_apart
+from layers.function.structure import Skeleton
 
 
 class VmapInfo(NamedTuple):

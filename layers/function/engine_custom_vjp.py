@@ -20,11 +20,11 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from layers.core import compat
-from layers.core.again import recorded
-from layers.core.call import Call
-from layers.core.context import is_array
-from layers.core.record import make_record
-from layers.core.tape import GradFn
+from layers.core.trees import is_array
+from layers.function.again import recorded
+from layers.function.call import Call
+from layers.function.record import make_record
+from layers.function.tape import GradFn
 
 Outputs = tuple[list[Any], Callable[[list[Any]], Any]]
 

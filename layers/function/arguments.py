@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.core import compat
-from layers.core.closures import hoist, is_iterator
-from layers.core.context import is_array, is_number
-from layers.core.cotangents import CONSTANT, NOT_AN_ARRAY
-from layers.core.structure import Skeleton, make_with_gaps
+from layers.core.trees import is_array, is_number
+from layers.function.closures import hoist, is_iterator
+from layers.function.cotangents import CONSTANT, NOT_AN_ARRAY
+from layers.function.structure import Skeleton, make_with_gaps
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import jaxpr_as_fun
 
 from layers.core import compat
-from layers.core.again import explained
-from layers.core.arguments import Template, take_apart
-from layers.core.call import Call
-from layers.core.context import Context, is_array, restore, state_of
-from layers.core.cotangents import assign
-from layers.core.linearity import why_not_linear
 from layers.core.recompute import no_barriers
+from layers.core.trees import is_array
+from layers.function.again import explained
+from layers.function.arguments import Template, take_apart
+from layers.function.call import Call
+from layers.function.context import Context, restore, state_of
+from layers.function.cotangents import assign
+from layers.function.linearity import why_not_linear
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,10 @@ import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal
 
 from layers.core import checks, compat
-from layers.core.closures import traced_names
-from layers.core.context import Context, is_array, is_number
-from layers.core.function import Function
+from layers.core.trees import is_array, is_number
+from layers.function.closures import traced_names
+from layers.function.context import Context
+from layers.function.function import Function
 
 
 class custom_vjp:

@@ -1,7 +1,7 @@
 """The engine of linear operations: one `jax.custom_jvp` a call, whose tangent is a linear operation with a transpose of its own.
 
 Transposed, by reverse mode, that operation runs `backward`; evaluated, by forward mode, it runs the class's `jvp`, or else the transpose of
-`backward`, which is the same linear map read the other way (`core/tangent.py`).
+`backward`, which is the same linear map read the other way (`function/tangent.py`).
 
 What `forward` saves are operands of that operation. Their number and kind may depend on `needs_input_grad` freely: each
 differentiation of a call site has its own.
@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from layers.core import compat
-from layers.core.again import recorded
-from layers.core.call import Call
-from layers.core.record import Record, make_record
-from layers.core.tangent import TangentMap
+from layers.function.again import recorded
+from layers.function.call import Call
+from layers.function.record import Record, make_record
+from layers.function.tangent import TangentMap
 
 Outputs = tuple[list[Any], Callable[[list[Any]], Any]]
 

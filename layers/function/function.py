@@ -1,8 +1,7 @@
 """`Function`: a layer whose gradient is written by hand, after `torch.autograd.Function`.
 
-A call of `apply` becomes one operation of JAX that holds both rules, by one of two engines (`core/engine_linear.py`, `core/engine_custom_vjp.py`). So
-a rule written once serves `grad`, `vmap`, `scan`, `remat` and `shard_map`, and by the first also `jvp` and `hessian`, and no transformation can go
-past it.
+A call of `apply` becomes one operation of JAX that holds both rules, by one of two engines (`engine_linear.py`, `engine_custom_vjp.py`). So a rule
+written once serves `grad`, `vmap`, `scan`, `remat` and `shard_map`, and by the first also `jvp` and `hessian`, and no transformation can go past it.
 """
 
 from __future__ import annotations
@@ -16,15 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.core import checks, compat, engine, engine_custom_vjp, engine_linear
-from layers.core.arguments import take_apart
-from layers.core.batching import VmapInfo
-from layers.core.call import Call
-from layers.core.closures import traced_names
-from layers.core.context import Context, is_array, restore, state_of
-from layers.core.record import make_record
-from layers.core.tangent import refuse_second_derivative
-from layers.core.tape import GradFn as GradFn
+from layers.core import checks, compat
+from layers.core.trees import is_array
+from layers.function import engine, engine_custom_vjp, engine_linear
+from layers.function.arguments import take_apart
+from layers.function.batching import VmapInfo
+from layers.function.call import Call
+from layers.function.closures import traced_names
+from layers.function.context import Context, restore, state_of
+from layers.function.record import make_record
+from layers.function.tangent import refuse_second_derivative
+from layers.function.tape import GradFn as GradFn
 
 _ENGINES = {"linear": engine_linear.apply, "custom_vjp": engine_custom_vjp.apply}
 

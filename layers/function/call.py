@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
-from layers.core.arguments import ArrayPlace, CallablePlace, Template, take_apart
-from layers.core.batching import forward_with_vmap
-from layers.core.context import Context, is_array
-from layers.core.cotangents import Argument
-from layers.core.structure import Skeleton
+from layers.core.trees import is_array
+from layers.function.arguments import ArrayPlace, CallablePlace, Template, take_apart
+from layers.function.batching import forward_with_vmap
+from layers.function.context import Context
+from layers.function.cotangents import Argument
+from layers.function.structure import Skeleton
 
 
 @functools.lru_cache(maxsize=512)

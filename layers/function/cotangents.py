@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.core import compat
-from layers.core.context import is_array
-from layers.core.structure import Skeleton
+from layers.core.trees import is_array
+from layers.function.structure import Skeleton
 
 NOT_AN_ARRAY = object()
 """Stands, in the structure of an argument, for a leaf that is no array and no number."""

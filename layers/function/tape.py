@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from layers.core.record import Record
+from layers.function.record import Record
 
 
 @jax.tree_util.register_pytree_node_class
