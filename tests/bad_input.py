@@ -11,7 +11,7 @@ import inspect
 import re
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -184,6 +184,8 @@ def mutate(name: str, target: Callable[..., Any], calls: Any, *, values: bool) -
             traced(run, good)  # a good call is good
             for what, value in good.items():
                 for mutation in mutations_of(value, optional=_takes_none(signature.parameters.get(what))):
+                    if mutation.label in ("a list", "bool") and _takes_trees(target, what):
+                        mutation = replace(mutation, outcome="any")  # a tree of numbers is no array, and bools go through
                     _judge(findings, name, run, good, what, mutation, values)
     finally:
         signal.alarm(0)
@@ -195,6 +197,11 @@ def _takes_none(parameter: inspect.Parameter | None) -> bool:
     if parameter is None:
         return False
     return parameter.default is None or str(parameter.annotation).endswith("| None") or parameter.kind is inspect.Parameter.VAR_POSITIONAL
+
+
+def _takes_trees(target: Callable[..., Any], what: str) -> bool:
+    """Whether a docstring says of an argument that it may be a pytree."""
+    return re.search(rf"^ +{what}: an array or pytree", inspect.getdoc(target) or "", re.M) is not None
 
 
 def _judge(findings: Findings, name: str, run: Run, good: dict[str, Any], what: str, m: Mutation, values: bool) -> None:
