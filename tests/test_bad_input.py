@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import layers
+from layers.function import engine
 from tests.bad_input import mutate
 
 
@@ -40,7 +41,8 @@ def judge(name, *, values):
     target = layers
     for part in name.split("."):
         target = getattr(target, part)
-    findings = mutate(name.rpartition(".")[2], target, CALLS[name], values=values)
+    with layers.engine(engine.current()):  # a call of layers.engine holds until the end of this block
+        findings = mutate(name.rpartition(".")[2], target, CALLS[name], values=values)
     said = "\n".join(f"{kind}: {line}" for kind in ("silent", "hanging", "unclear") for line in getattr(findings, kind))
     assert not findings.silent and not findings.hanging, said
     assert findings.well >= 0.95 * (findings.well + len(findings.unclear)), said

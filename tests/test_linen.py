@@ -86,6 +86,8 @@ SEQUENCE = jnp.linspace(-1.0, 1.0, 40).reshape(2, 5, 4)
 FURTHER = {
     "MLP": ((4, 6), {}),
     "GatedMLP": ((4, 6), {}),
+    "MoE": ((4, 6, 3, 2), {}),
+    "GatedMoE": ((4, 6, 3, 2), {}),
     "LSTM": ((4, 6), {}),
     "GRU": ((4, 6), {}),
     "Mamba": ((4,), {}),

@@ -31,6 +31,8 @@ from layers.linen.reversible_stack import ReversibleStack as ReversibleStack
 from layers.linen.rnn import RNN as RNN
 from layers.mlp.gated_mlp import GatedMLP as _GatedMLP
 from layers.mlp.mlp import MLP as _MLP
+from layers.moe.modules import GatedMoE as _GatedMoE
+from layers.moe.modules import MoE as _MoE
 from layers.quantization.fp8_linear import Fp8Linear as _Fp8Linear
 from layers.quantization.int8_linear import Int8Linear as _Int8Linear
 from layers.quantization.vector_quantize import VectorQuantizer as _VectorQuantizer
@@ -41,11 +43,13 @@ from layers.recurrent.mamba import Mamba as _Mamba
 Fp8Linear = derive(_Fp8Linear)
 GRU = derive(_GRU)
 GatedMLP = derive(_GatedMLP)
+GatedMoE = derive(_GatedMoE)
 Int8Linear = derive(_Int8Linear)
 LSTM = derive(_LSTM)
 Linear = derive(_Linear)
 MLP = derive(_MLP)
 Mamba = derive(_Mamba)
+MoE = derive(_MoE)
 VectorQuantizer = derive(_VectorQuantizer)
 
 

@@ -219,7 +219,7 @@ def test_layers_are_imported_and_work_without_all_private_names():
 
 def test_environment_variable_chooses_the_engine(monkeypatch):
     monkeypatch.setenv("LAYERS_ENGINE", "custom_vjp")
-    command = "from layers.core import engine; print(engine.current())"
+    command = "from layers.function import engine; print(engine.current())"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     assert done.stdout.strip() == "custom_vjp", done.stderr
 
