@@ -1,6 +1,7 @@
 """The shape of the library, read from its source: who imports whom, where JAX's private parts are touched, one shape for each layer's file."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -187,3 +188,8 @@ def test_layer_file_has_derivation_function_and_public_function_in_this_order(pa
     assert public, f"{path.name} has no public function {path.stem}"
     assert functions[0] < public[0]
     assert all(public[0] < m for m in modules)
+
+
+def test_audit_names_no_line_of_the_floors_that_every_layer_stands_on():
+    parts = importlib.import_module("layers.check.residuals")._PARTS
+    assert {("layers", floor) for floor in FLOORS if floor != "kernels"} <= set(parts)

@@ -428,7 +428,7 @@ def catalogue() -> list[type[Function]]:
 
     found = {}
     for module in pkgutil.walk_packages(layers.__path__, "layers."):
-        if module.name.split(".")[1] in ("core", "kernels", "check", "tools", "linen", "swap", "__main__"):
+        if module.name.split(".")[1] in ("core", "function", "kernels", "check", "tools", "linen", "swap", "__main__"):
             continue
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, type) and issubclass(value, Function) and "example" in vars(value):

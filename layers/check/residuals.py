@@ -22,7 +22,8 @@ from layers.check.scopes import module_scopes
 from layers.core import checks, compat
 from layers.core.trees import is_array, is_number
 
-_LIBRARY = tuple(os.sep + os.path.join(*parts) + os.sep for parts in (("layers", "core"), ("layers", "check"), ("flax",), ("equinox",)))
+_PARTS = ("layers", "core"), ("layers", "function"), ("layers", "check"), ("flax",), ("equinox",)
+_LIBRARY = tuple(os.sep + os.path.join(*parts) + os.sep for parts in _PARTS)
 
 
 def residuals(fn: Callable[..., Any], *args: Any, wrt: int | Sequence[int] | None = None) -> Residuals:
