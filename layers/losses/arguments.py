@@ -51,6 +51,18 @@ def check_head(who: str, x: Any, kernel: Any, bias: Any, names: tuple[str, str, 
     return x, kernel, bias
 
 
+def check_constant_head(
+    who: str, x: Any, kernel: Any, bias: Any, names: tuple[str, str, str], batch: tuple[int, ...], like: str, vocab: int
+) -> tuple[Any, Any, Any]:
+    """The arrays of another model's head as constants, checked: of rows that lie as those of `like`, and of the same vocabulary."""
+    x, kernel, bias = lax.stop_gradient(check_head(who, x, kernel, bias, names))
+    features = names[1].replace("kernel", "features")
+    checks.shape(who, names[0], x, (*batch, x.shape[-1]), f"(*batch, time, {features}), as {like},")
+    if kernel.shape[1] != vocab:
+        raise ValueError(f"{who}: {names[1]} has shape {kernel.shape}, but kernel (features, {vocab}): both need the same vocab")
+    return x, kernel, bias
+
+
 def check_labels(who: str, labels: Any, class_weights: Any, where: Any, batch: tuple[int, ...], vocab: int) -> Labels:
     """Labels, and weights of classes and of rows, checked, as rows; the weights as constants."""
     labels = checks.array(who, "labels", labels, "real")

@@ -17,11 +17,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from layers.core import checks
-from layers.core.numerics import is_known, product, safe_reciprocal
+from layers.core.numerics import is_known, safe_reciprocal
 from layers.losses.arguments import check_head, read_options
 from layers.losses.preference import AVERAGED, LOSS_TYPES, SMOOTHED, Preference
 from layers.losses.sequences import Reference, read_pairs
-from layers.losses.targets import Options
+from layers.losses.targets import Options, reduce_weighted
 
 
 def linear_dpo(
@@ -115,7 +115,5 @@ def linear_dpo(
     loss = preference.losses(ratio - other)
     if not is_known(alpha, 0):
         loss = loss - alpha * total.sum() * safe_reciprocal(chosen.length().sum())
-    loss = product(weight, loss)
-    if reduction != "none":
-        loss = loss.sum() * (safe_reciprocal(weight.sum()) if reduction == "mean" else 1)
+    loss = reduce_weighted(loss, weight, reduction)
     return (loss, *(lax.stop_gradient(preference.beta * r) for r in (ratio, other))) if return_rewards else loss

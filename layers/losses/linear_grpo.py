@@ -18,14 +18,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from layers.core import checks, compat
+from layers.core import checks
 from layers.core.numerics import product
 from layers.losses.arguments import check_head, read_options
-from layers.losses.policy import Clip, PolicyMetrics, divergence, mean
-from layers.losses.targets import Options
+from layers.losses.policy import PolicyMetrics, divergence, is_used, log_ratio_to, read_clip
+from layers.losses.targets import Options, mean
 from layers.losses.tokens import Model, read_advantages, read_tokens
 
 LOSS_TYPES, LEVELS = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo"), ("token", "sequence")
@@ -109,14 +108,14 @@ def linear_grpo(
     advantages, weight = read_advantages(who, advantages, tokens), tokens.weight
     old = tokens.constant(who, Model("old", old_x, old_kernel, old_bias), old_log_probs, kernel.shape[1], options)
     reference = tokens.constant(who, Model("reference", reference_x, reference_kernel, reference_bias), reference_log_probs, kernel.shape[1], options)
-    held = isinstance(beta, compat.Tracer) or float(beta) != 0
+    held = is_used(beta)
     if held and reference is None:
         raise ValueError(
             f"{who}: beta is {checks.shown(beta)}, which needs a reference: give reference_log_probs, or reference_x and reference_kernel"
         )
 
     log_prob, _, _, entropy, _ = tokens.under(x, kernel, bias, Options(**given, reduction="none", return_entropy=return_metrics))
-    log_ratio = log_prob - (lax.stop_gradient(log_prob) if old is None else old)
+    log_ratio = log_ratio_to(old, log_prob)
     if level == "sequence":
         log_ratio = jnp.broadcast_to(mean(log_ratio, weight, -1)[..., None], tokens.batch)
     losses = clip.losses(log_prob, log_ratio, advantages)
@@ -126,23 +125,7 @@ def linear_grpo(
     if not return_metrics:
         return loss
     kl = jnp.zeros_like(log_prob) if reference is None else divergence(log_prob, reference)
-    watched = (kl, entropy, jnp.exp(log_ratio), *clip.clipped(log_ratio, advantages))
-    return loss, PolicyMetrics(*(lax.stop_gradient(mean(y.astype(weight.dtype), weight)) for y in watched))
-
-
-def read_clip(who: str, epsilon: Any, epsilon_high: Any, delta: Any, *, cispo: bool = False) -> Clip:
-    """Between what ratios a policy is rewarded, checked."""
-    low = checks.number(who, "epsilon", epsilon, "[0, 1]", traced=True)
-    high = checks.number(who, "epsilon_high", epsilon_high, "(0, inf)" if cispo else "[0, inf)", traced=True, optional=True)
-    if high is None and cispo:
-        raise ValueError(f"{who}: epsilon_high is None, but loss_type='cispo' needs the largest ratio that it follows, such as 5.0")
-    high = low if high is None else high
-    most = checks.number(who, "delta", delta, "(1, inf)", traced=True, optional=True)
-    if most is not None and cispo:
-        raise ValueError(f"{who}: delta is {checks.shown(most)}, but must be None with loss_type='cispo', which has none")
-    if most is not None and not any(isinstance(y, compat.Tracer) for y in (most, high)) and not float(most) > 1 + float(high):
-        raise ValueError(f"{who}: delta is {most}, but must be above 1 + epsilon_high = {1 + high}")
-    return Clip(low, high, most, cispo)
+    return loss, PolicyMetrics.of(weight, kl, entropy, log_ratio, advantages, clip)
 
 
 def _over(loss_type: str, losses: Any, weight: Any, length: int | None, items: Any) -> Any:

@@ -21,9 +21,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from layers.core import checks
-from layers.core.numerics import product, safe_reciprocal
 from layers.losses.arguments import check_head, check_where, read_options
-from layers.losses.targets import Options
+from layers.losses.targets import Options, reduce_weighted
 from layers.losses.tokens import Model, read_tokens
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired")
@@ -112,9 +111,7 @@ def linear_kto(
     z = jnp.maximum(kl, 0) if loss_type == "kto" else 0
     loss = jnp.where(desirable, liked, disliked) * jax.nn.sigmoid(jnp.where(desirable, -1, 1) * beta * (h - z))
     weight = weight.astype(loss.dtype)
-    loss = product(weight, loss)
-    if reduction != "none":
-        loss = loss.sum() * (safe_reciprocal(weight.sum()) if reduction == "mean" else 1)
+    loss = reduce_weighted(loss, weight, reduction)
     return (loss, lax.stop_gradient(beta * h)) if return_rewards else loss
 
 

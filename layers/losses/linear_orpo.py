@@ -18,10 +18,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from layers.core import checks
-from layers.core.numerics import product, safe_reciprocal
+from layers.core.numerics import safe_reciprocal
 from layers.losses.arguments import check_head, read_options
 from layers.losses.sequences import read_pairs
-from layers.losses.targets import Options
+from layers.losses.targets import Options, reduce_weighted
 
 
 def linear_orpo(
@@ -77,9 +77,7 @@ def linear_orpo(
     total = chosen.log_probs(chosen_x, kernel, bias, options)
     first, second = chosen.averaged(total, True), rejected.averaged(rejected.log_probs(rejected_x, kernel, bias, options), True)
     loss = -beta * jax.nn.log_sigmoid(_log_odds(first) - _log_odds(second)) - total.sum() * safe_reciprocal(chosen.length().sum())
-    loss = product(weight, loss)
-    if reduction != "none":
-        loss = loss.sum() * (safe_reciprocal(weight.sum()) if reduction == "mean" else 1)
+    loss = reduce_weighted(loss, weight, reduction)
     return (loss, *(lax.stop_gradient(beta * y) for y in (first, second))) if return_rewards else loss
 
 

@@ -13,14 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from layers.core import checks, compat
+from layers.core import checks
 from layers.losses.arguments import check_head, read_options
-from layers.losses.linear_grpo import read_clip
-from layers.losses.policy import PolicyMetrics, mean
-from layers.losses.targets import Options
+from layers.losses.policy import PolicyMetrics, is_used, log_ratio_to, read_clip
+from layers.losses.targets import Options, mean
 from layers.losses.tokens import Model, read_advantages, read_tokens
 
 
@@ -83,13 +81,12 @@ def linear_ppo(
     advantages, weight = read_advantages(who, advantages, tokens), tokens.weight
     old = tokens.constant(who, Model("old", old_x, old_kernel, old_bias), old_log_probs, kernel.shape[1], Options(**given, reduction="none"))
 
-    rewarded = isinstance(coefficient, compat.Tracer) or float(coefficient) != 0
+    rewarded = is_used(coefficient)
     options = Options(**given, reduction="none", return_entropy=rewarded or return_metrics)
     log_prob, _, _, entropy, _ = tokens.under(x, kernel, bias, options)
-    log_ratio = log_prob - (lax.stop_gradient(log_prob) if old is None else old)
+    log_ratio = log_ratio_to(old, log_prob)
     loss = mean(clip.losses(log_prob, log_ratio, advantages), weight)
     loss = loss - coefficient * mean(entropy, weight) if rewarded else loss
     if not return_metrics:
         return loss
-    watched = (jnp.zeros_like(log_prob), entropy, jnp.exp(log_ratio), *clip.clipped(log_ratio, advantages))
-    return loss, PolicyMetrics(*(lax.stop_gradient(mean(y.astype(weight.dtype), weight)) for y in watched))
+    return loss, PolicyMetrics.of(weight, jnp.zeros_like(log_prob), entropy, log_ratio, advantages, clip)

@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layers.core.numerics import product, safe_reciprocal
+from layers.core import checks, compat
+from layers.losses.targets import mean
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,33 @@ class PolicyMetrics(NamedTuple):
     clipped_low: jax.Array
     clipped_high: jax.Array
 
+    @classmethod
+    def of(cls, weight: jax.Array, kl: jax.Array, entropy: jax.Array, log_ratio: jax.Array, advantage: jax.Array, clip: Clip) -> PolicyMetrics:
+        """From what each token has, (*batch, time)."""
+        watched = (kl, entropy, jnp.exp(log_ratio), *clip.clipped(log_ratio, advantage))
+        return cls(*(lax.stop_gradient(mean(y.astype(weight.dtype), weight)) for y in watched))
 
-def mean(x: jax.Array, weight: jax.Array, axis: int | None = None) -> jax.Array:
-    """The mean of what counts; 0 where nothing does."""
-    return product(weight, x).sum(axis) * safe_reciprocal(weight.sum(axis))
+
+def is_used(factor: Any) -> bool:
+    """Whether what is multiplied by this has to be computed: where it is traced, or not 0."""
+    return isinstance(factor, compat.Tracer) or float(factor) != 0
+
+
+def log_ratio_to(old: jax.Array | None, log_prob: jax.Array) -> jax.Array:
+    """The logarithm of r; without an `old` policy it is 0, and has the gradient."""
+    return log_prob - (lax.stop_gradient(log_prob) if old is None else old)
+
+
+def read_clip(who: str, epsilon: Any, epsilon_high: Any, delta: Any, *, cispo: bool = False) -> Clip:
+    """Between what ratios a policy is rewarded, checked."""
+    low = checks.number(who, "epsilon", epsilon, "[0, 1]", traced=True)
+    high = checks.number(who, "epsilon_high", epsilon_high, "(0, inf)" if cispo else "[0, inf)", traced=True, optional=True)
+    if high is None and cispo:
+        raise ValueError(f"{who}: epsilon_high is None, but loss_type='cispo' needs the largest ratio that it follows, such as 5.0")
+    high = low if high is None else high
+    most = checks.number(who, "delta", delta, "(1, inf)", traced=True, optional=True)
+    if most is not None and cispo:
+        raise ValueError(f"{who}: delta is {checks.shown(most)}, but must be None with loss_type='cispo', which has none")
+    if most is not None and not any(isinstance(y, compat.Tracer) for y in (most, high)) and not float(most) > 1 + float(high):
+        raise ValueError(f"{who}: delta is {most}, but must be above 1 + epsilon_high = {1 + high}")
+    return Clip(low, high, most, cispo)

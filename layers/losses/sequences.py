@@ -11,7 +11,7 @@ from jax import lax
 from layers.core import checks
 from layers.core.numerics import safe_reciprocal
 from layers.core.rows import as_rows
-from layers.losses.arguments import check_head, check_ids, check_where
+from layers.losses.arguments import check_constant_head, check_ids, check_where
 from layers.losses.linear_log_prob import log_probs
 from layers.losses.preference import REFERENCE_FREE
 from layers.losses.targets import Labels, Options
@@ -104,11 +104,8 @@ class Reference(NamedTuple):
 
     def _of_model(self, who: str, side: Sequences, x: Any, vocab: int, options: Options) -> jax.Array:
         names = f"reference_{side.side}_x", "reference_kernel", "reference_bias"
-        x, kernel, bias = lax.stop_gradient(check_head(who, x, self.kernel, self.bias, names))
-        checks.shape(who, names[0], x, (*side.batch, x.shape[-1]), f"(*batch, time, reference_features), as {side.side}_x,")
-        if kernel.shape[1] != vocab:
-            raise ValueError(f"{who}: reference_kernel has shape {kernel.shape}, but kernel (features, {vocab}): both need the same vocab")
-        return side.log_probs(x, kernel, bias, options)
+        head = check_constant_head(who, x, self.kernel, self.bias, names, side.batch, f"{side.side}_x", vocab)
+        return side.log_probs(*head, options)
 
 
 def _given(who: str, side: Sequences, log_probs: Any, weight: jax.Array) -> jax.Array:

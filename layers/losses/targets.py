@@ -85,6 +85,19 @@ class Labels(NamedTuple):
         return Targets(classes, counted if class_weights is None else product(counted, class_weights.astype(dtype)[classes]), counted)
 
 
+def mean(x: jax.Array, weight: jax.Array, axis: int | None = None) -> jax.Array:
+    """The mean of what counts; 0 where nothing does."""
+    return product(weight, x).sum(axis) * safe_reciprocal(weight.sum(axis))
+
+
+def reduce_weighted(loss: jax.Array, weight: jax.Array, reduction: str) -> jax.Array:
+    """The mean by the weights, the sum of losses times weights, or these."""
+    if reduction == "mean":
+        return mean(loss, weight)
+    weighted = product(weight, loss)
+    return weighted if reduction == "none" else weighted.sum()
+
+
 def scale_of(targets: Targets, options: Options) -> jax.Array | None:
     """What the sum over rows is multiplied by; None for 1. The mean of nothing is 0."""
     if options.reduction != "mean":

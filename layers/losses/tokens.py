@@ -11,7 +11,7 @@ from jax import lax
 from layers.core import checks
 from layers.core.numerics import product, wide
 from layers.core.rows import as_rows
-from layers.losses.arguments import check_head, check_ids, check_where
+from layers.losses.arguments import check_constant_head, check_ids, check_where
 from layers.losses.linear_log_prob import log_probs
 from layers.losses.targets import Labels, Options
 
@@ -49,11 +49,7 @@ class Tokens(NamedTuple):
                 raise ValueError(
                     f"{who}: {names[head.index(True)]} is given without the rest of the head: give {names[0]} and {names[1]}, or {before}"
                 )
-            x, kernel, bias = lax.stop_gradient(check_head(who, model.x, model.kernel, model.bias, names))
-            checks.shape(who, names[0], x, (*self.batch, x.shape[-1]), f"(*batch, time, {model.name}_features), as x,")
-            if kernel.shape[1] != vocab:
-                raise ValueError(f"{who}: {names[1]} has shape {kernel.shape}, but kernel (features, {vocab}): both need the same vocab")
-            found = self.under(x, kernel, bias, options)[0]
+            found = self.under(*check_constant_head(who, model.x, model.kernel, model.bias, names, self.batch, "x", vocab), options)[0]
             return self.of_sequences(found) if of_sequences else found
         if any(head):
             raise ValueError(f"{who}: {before} is given, and so is {names[head.index(True)]}: give {before}, or {names[0]} and {names[1]}")

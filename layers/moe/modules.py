@@ -105,8 +105,7 @@ class MoE(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         routing = route(who, logits, self.k, self.scores, bias, self.normalize, self._capacity(math.prod(x.shape[:-1])), mask)
         gate = None if self.gate is None else self.gate[...]
-        dtype = jnp.result_type(x, self.up[...]) if self.dtype is None else self.dtype
-        y = compute(who, x, routing.weights, routing.indices, self.up[...], self.down[...], gate, self.activation, dtype)
+        y = compute(who, x, routing.weights, routing.indices, self.up[...], self.down[...], gate, self.activation, self.dtype)
         return (y, routing) if return_routing else y
 
     def _capacity(self, tokens: int) -> int | None:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from layers.core import compat
 from layers.core.deferred import zero_after
 from layers.core.recompute import is_transposing
+from layers.core.trees import is_inexact
 from layers.core.varying_barrier import varying_barrier
 from layers.function.function import Function
 from layers.rewrite.cut import cheapest
@@ -138,10 +139,6 @@ def late(x: jax.Array, grads: Sequence[jax.Array]) -> jax.Array:
     if is_transposing() or compat.is_key(x):
         return x
     return jnp.where(zero_after(grads[0]) == 0, x, jnp.zeros((), x.dtype))
-
-
-def is_inexact(x: Any) -> bool:
-    return not compat.is_key(x) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def between(nodes: Sequence[Node], given: Sequence[Value], ends: Sequence[Value]) -> list[Node]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,13 @@ from jax import lax
 
 BALANCE, Z = 1e-2, 1e-3
 """How much the two losses of a router count."""
+
+
+class PlainRouting(NamedTuple):
+    """The losses of a router."""
+
+    balance_loss: jax.Array
+    z_loss: jax.Array
 
 
 class PlainGatedMoE(nnx.Module):
@@ -38,13 +45,6 @@ class PlainGatedMoE(nnx.Module):
         y = jnp.einsum("bteh,eho,bte->bto", h, self.down[...], share)
         balance = experts * (chosen.mean((0, 1, 2)) * p.mean((0, 1))).sum()
         return y, PlainRouting(balance, (jax.nn.logsumexp(logits, -1) ** 2).mean())
-
-
-class PlainRouting:
-    """The losses of a router."""
-
-    def __init__(self, balance_loss: jax.Array, z_loss: jax.Array):
-        self.balance_loss, self.z_loss = balance_loss, z_loss
 
 
 _LOSSES: ContextVar[list[jax.Array] | None] = ContextVar("losses of routers", default=None)
