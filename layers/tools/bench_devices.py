@@ -15,31 +15,31 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from layers.tools import llama_step
-from layers.tools.cases.case import forward_and_backward
+from layers.tools import bench_gpu_step, llama_step
+from layers.tools.bench_gpu_step import BY_KERNEL, KERNELS
+from layers.tools.bench_rows import MAIN_WAYS as WAYS
+from layers.tools.cases.case import Case, forward_and_backward
+from layers.tools.cases.goals import GOALS
 from layers.tools.devices import DEVICES, compile_for
 
 RESULTS = Path(__file__).with_name("bench_results_devices.json")
-STEP = "training_step_gpu"
-WAYS = ("idiomatic", "ours")
-KERNELS = {"h100": "cudnn", "v5p": "mosaic"}
-"""By which kernel attention is computed in the last way of the training step."""
-BY_KERNEL = "ours, attention by a kernel"
+STEP = bench_gpu_step.NAME
 
 
 def names() -> list[str]:
     """Every row: the layers of the benchmark, and the training step of one GPU."""
-    from layers.tools.cases import CASES
-
-    return [*(c.name for c in CASES), STEP]
+    return [*(c.name for c in _cases()), STEP]
 
 
 def works() -> dict[str, str]:
     """What each row computes."""
-    from layers.tools.cases import CASES
+    return {c.name: c.work for c in _cases()} | {STEP: bench_gpu_step.work()}
 
-    size = "{depth} layers, width {width}, vocab {vocab}, batch {batch} x {time}".format(**llama_step.SIZES)
-    return {c.name: c.work for c in CASES} | {STEP: f"training step of a Llama-like model: {size}"}
+
+def _cases() -> tuple[Case, ...]:
+    from layers.tools.cases import CASES, goals
+
+    return (*CASES, *goals.CASES)
 
 
 def temp_bytes(name: str, device: str, ways: Sequence[str] | None = None) -> dict[str, int]:
@@ -51,12 +51,12 @@ def temp_bytes(name: str, device: str, ways: Sequence[str] | None = None) -> dic
 
 def _programs(name: str, device: str) -> dict[str, tuple[Any, Any, dict[str, Any]]]:
     """Function, arguments and options of `jax.jit` of each way."""
-    from layers.tools.cases import CASES
-
     if name == STEP:
-        steps = {way: llama_step.make_step(way) for way in WAYS} | {BY_KERNEL: llama_step.make_step("ours", implementation=KERNELS[device])}
+        steps = {way: llama_step.make_step(way) for way in WAYS} | {
+            BY_KERNEL: llama_step.make_step("ours", implementation=KERNELS[DEVICES[device].platform])
+        }
         return {way: (*step, {"donate_argnums": (0, 1)}) for way, step in steps.items()}
-    case = next(c for c in CASES if c.name == name)
+    case = next(c for c in _cases() if c.name == name)
     args = jax.tree.map(_in_bfloat16, jax.eval_shape(case.args))
     ways = {"idiomatic": case.idiomatic, "ours": case.ours}
     return {way: (forward_and_backward(fn), (jax.eval_shape(fn, *args), *args), {}) for way, fn in ways.items()}
@@ -100,17 +100,19 @@ def table(results: dict[str, Any]) -> Table:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The README's table of the result file."""
+    """The README's table of the result file, but for rows that have a goal (`goals_table.py`)."""
     lines = ["| work, forward and backward, bfloat16 | " + " | ".join(f"{DEVICES[d].title}: plain, MiB | ours, MiB | ratio" for d in results) + " |"]
     lines.append("|" + "---|" * (1 + 3 * len(results)))
     works_ = works()
     for name in names():
+        if name in GOALS and name != STEP:
+            continue
         cells = []
         for rows in results.values():
             plain, ours = (rows[name][way] / 2**20 for way in WAYS)
             cells += [f"{plain:.0f}", f"{ours:.0f}", f"{ours / plain:.2f}" if plain >= 1 else ""]
         lines.append(f"| {works_[name]} | " + " | ".join(cells) + " |")
-    steps = [f"by {KERNELS[d]} {rows[STEP][BY_KERNEL] / 2**20:.0f} MiB on the {DEVICES[d].title}" for d, rows in results.items()]
+    steps = [f"by {KERNELS[DEVICES[d].platform]} {rows[STEP][BY_KERNEL] / 2**20:.0f} MiB on the {DEVICES[d].title}" for d, rows in results.items()]
     lines += ["", f"The training step with attention {', '.join(steps)}; without what cuDNN takes for itself, which XLA's plan does not hold."]
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,11 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", type=Path, help="file of the table; that which layers choose by, by default")
     bench = commands.add_parser("bench", help="measure on this machine")
     bench.add_argument("name", nargs="*", help="rows to run: function, or the name of a layer; all by default")
-    bench.add_argument("--rounds", type=_number(int, 0), default=5, help="timed runs of each; 0 compiles only")
+    bench.add_argument("--rounds", type=_number(int, 0), help="timed runs of each, 5 by default; 0 compiles only")
+    bench.add_argument("--size", choices=("cpu", "gpu"), help="which rows, where none is named: small ones, or those that people train on one GPU")
+    bench.add_argument("--quick", action="store_true", help="few rows and rounds, in 4 minutes; on an accelerator in bfloat16")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the arguments of layers; that of each row by default")
+    bench.add_argument("--apart", action="store_true", help="time forward and backward also as two programs, as where a model is between them")
     bench.add_argument("--compile-for", choices=("h100", "v5p"), help="only compile, for a device that is not here: its memory in bfloat16")
     bench.add_argument("--json", help="file for the results; rows of other runs that it holds are kept")
     bench.add_argument("--plot", help="picture of the ratios")
@@ -80,18 +85,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (OSError, ValueError, ModuleNotFoundError) as error:
             parser().error(str(error))
     if options.command == "bench":
-        from layers.tools import bench
-
         try:
             if options.compile_for is not None:
                 jax.config.update("jax_platforms", "cpu")  # before any array is made: the plugins are only compilers here
                 from layers.tools import bench_devices
 
                 return bench_devices.main(options.name, options.compile_for, json_path=options.json)
-            return bench.main(options.name, rounds=options.rounds, json_path=options.json, plot_path=options.plot)
+            return _bench(options)
         except (OSError, ValueError, ModuleNotFoundError) as error:
             parser().error(str(error))
     return _train({k: v for k, v in vars(options).items() if k != "command" and v is not None})
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """Runs `bench` on this machine.
+
+    Raises:
+        ValueError: for names beside an option that picks rows.
+    """
+    from layers.tools import bench
+
+    for option, given in (("--size", options.size), ("--quick", options.quick)):
+        if given and options.name:
+            raise ValueError(f"bench: {option} picks the rows, but {' '.join(options.name)} is named: give one of them")
+    if options.quick and options.size:
+        raise ValueError("bench: --quick and --size both pick the rows: give one of them")
+    plan = bench.quick() if options.quick else bench.Plan()
+    given = {"rounds": options.rounds, "dtype": options.dtype, "apart": options.apart or None}
+    plan = replace(plan, **{k: v for k, v in given.items() if v is not None})
+    chosen = options.name or (bench.QUICK if options.quick else [])
+    return bench.main(chosen, plan, size=options.size or "cpu", json_path=options.json, plot_path=options.plot)
 
 
 def _train(given: dict[str, Any]) -> int:

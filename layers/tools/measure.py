@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.tools.cases.case import forward, forward_and_backward
+
 SHORTEST, MOST_REPEATS = 0.02, 100
 """Seconds that are timed at least, and how often a program is run for them at most."""
 
@@ -27,6 +29,7 @@ class Measured:
         seconds: the median of its runs; None where it was only compiled.
         spread: half the distance between the quartiles, as a share of the median.
         temp_bytes: the temporary memory of the compiled program; None for what XLA did not compile.
+        apart_seconds: the median where forward and backward are two programs; None where that was not timed.
         least_bytes: what it reads and writes at least, its arguments and results.
         resident_bytes: the peak resident memory of a fresh process that runs it; None where that was not measured.
     """
@@ -34,6 +37,7 @@ class Measured:
     seconds: float | None = None
     spread: float | None = None
     temp_bytes: int | None = None
+    apart_seconds: float | None = None
     least_bytes: int | None = None
     resident_bytes: int | None = None
 
@@ -50,21 +54,43 @@ def of_program(compiled: Any) -> Measured:
 
 
 def measure(
-    programs: Mapping[str, Callable[..., Any]], args: tuple[Any, ...], *, rounds: int, runners: Mapping[str, Callable[[], Any]] | None = None
+    ways: Mapping[str, Callable[..., Any]],
+    args: tuple[Any, ...],
+    *,
+    rounds: int,
+    apart: bool = False,
+    runners: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Measured]:
-    """Compiles each program and runs all of them in turn `rounds` times; `rounds=0` only compiles.
+    """Compiles forward and backward of each function and runs all of them in turn `rounds` times; `rounds=0` only compiles.
 
     Args:
-        programs: by name.
-        args: the arguments of all of them.
+        ways: functions, by name.
+        args: the cotangent of their output, and their arguments.
         rounds: how often each is timed.
+        apart: whether forward and backward are timed as two programs too.
         runners: further things to time, not compiled here: functions that return when they are done, or JAX arrays.
     """
-    compiled = {name: compile_program(fn, args) for name, fn in programs.items()}
+    compiled = {name: compile_program(forward_and_backward(fn), args) for name, fn in ways.items()}
     runs = {name: lambda p=p: p(*args) for name, p in compiled.items()} | dict(runners or {})
     times = in_turn(runs, rounds)
     known = {name: of_program(p) for name, p in compiled.items()}
-    return {name: summary(times[name], known.get(name, Measured())) for name in runs}
+    found = {name: summary(times[name], known.get(name, Measured())) for name in runs}
+    if apart and rounds:
+        times = in_turn({name: _two_programs(fn, args) for name, fn in ways.items()}, rounds)
+        found |= {name: replace(found[name], apart_seconds=statistics.median(seconds)) for name, seconds in times.items()}
+    return found
+
+
+def _two_programs(fn: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
+    """Runs forward, then backward, which is given what forward kept."""
+    cotangent, *rest = args
+    ahead, back = jax.jit(forward(fn)), jax.jit(lambda pull, cotangent: pull(cotangent))
+
+    def run() -> Any:
+        out, pull = ahead(*rest)
+        return out, back(pull, cotangent)
+
+    return run
 
 
 def in_turn(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -111,7 +137,7 @@ def machine_limits() -> tuple[float, float]:
     """The matmul rate in floating-point operations a second and the copy bandwidth in bytes a second that this machine reaches."""
     n, size = 2048, 1 << 26
     square, line = jnp.ones((n, n)), jnp.ones((size,))
-    seconds = measure({"matmul": lambda a, _: a @ a, "copy": lambda _, b: b * 2}, (square, line), rounds=5)
-    matmul, copy = seconds["matmul"].seconds, seconds["copy"].seconds
-    assert matmul is not None and copy is not None
+    compiled = {"matmul": compile_program(lambda a, _: a @ a, (square, line)), "copy": compile_program(lambda _, b: b * 2, (square, line))}
+    times = in_turn({name: lambda p=p: p(square, line) for name, p in compiled.items()}, 5)
+    matmul, copy = (statistics.median(times[name]) for name in ("matmul", "copy"))
     return 2 * n**3 / matmul, 2 * 4 * size / copy

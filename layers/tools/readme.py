@@ -15,8 +15,9 @@ from flax import nnx
 import layers
 from layers.function.engine import ENGINES, Engine, engine
 from layers.function.function import Function
-from layers.tools import bench_devices
-from layers.tools.bench import GPU_RESULTS, RESULTS, markdown
+from layers.tools import bench_devices, goals_table
+from layers.tools.bench import GPU_RESULTS, RESULTS
+from layers.tools.bench_tables import markdown
 from layers.tools.devices import DEVICES
 
 README = Path(__file__).parents[2] / "README.md"
@@ -98,6 +99,7 @@ MADE: dict[str, Callable[[], str]] = {
     "bench": bench_table,
     "gpu": lambda: bench_table(GPU_RESULTS),
     "devices": devices_table,
+    "goals": goals_table.table,
 }
 
 

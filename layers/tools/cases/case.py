@@ -43,15 +43,15 @@ class Case:
     peers: tuple[tuple[str, Fn], ...] = ()
     rounds: int = 0
 
-    def arguments(self) -> tuple[Any, ...]:
-        """What each of the programs takes: the gradient of the output, then `args`."""
-        args = self.args()
+    def arguments(self, dtype: str = "float32") -> tuple[Any, ...]:
+        """What each of the programs takes: the gradient of the output, then `args`, those of float32 in `dtype`."""
+        args = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, self.args())
         return _draw_like(jax.eval_shape(self.idiomatic, *args)), *args
 
-    def programs(self) -> dict[str, Fn]:
-        """Forward and backward of each way."""
+    def ways(self) -> dict[str, Fn]:
+        """The functions of `args` that are compared."""
         dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        ways: dict[str, Fn] = {
+        return {
             "idiomatic": self.idiomatic,
             "checkpoint": jax.checkpoint(self.idiomatic),
             "dots policy": jax.checkpoint(self.idiomatic, policy=dots),
@@ -59,17 +59,26 @@ class Case:
             **{name: partial(peer, importlib.import_module(name)) for name, peer in self.peers if name != "torch" and _installed(name)},
             "ours": self.ours,
         }
-        return {name: forward_and_backward(fn) for name, fn in ways.items()}
 
-    def runners(self) -> dict[str, Callable[[], Any]]:
+    def runners(self, arguments: tuple[Any, ...]) -> dict[str, Callable[[], Any]]:
         """Forward and backward with what JAX does not compile."""
-        return {name: _torch_run(peer, *self.arguments()) for name, peer in self.peers if name == "torch" and _installed(name)}
+        return {name: _torch_run(peer, *arguments) for name, peer in self.peers if name == "torch" and _installed(name)}
 
 
 def forward_and_backward(fn: Fn) -> Fn:
     """`(cotangent, *args)` to the output and the gradients of all floating-point arguments."""
 
     def program(cotangent: Any, *args: Any) -> Any:
+        out, pull = forward(fn)(*args)
+        return out, pull(cotangent)
+
+    return program
+
+
+def forward(fn: Fn) -> Fn:
+    """`args` to the output and, as a pytree of what backward keeps, the function of its cotangent to those gradients."""
+
+    def program(*args: Any) -> Any:
         differentiated = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
 
         def of_moving(*moved: Any) -> Any:
@@ -78,8 +87,7 @@ def forward_and_backward(fn: Fn) -> Fn:
                 now[i] = x
             return fn(*now)
 
-        out, pull = jax.vjp(of_moving, *[args[i] for i in differentiated])
-        return out, pull(cotangent)
+        return jax.vjp(of_moving, *[args[i] for i in differentiated])
 
     return program
 

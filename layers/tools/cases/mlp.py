@@ -28,7 +28,7 @@ def _plain(x: Any, up: Any, down: Any) -> Any:
     return jax.nn.gelu(x @ up) @ down
 
 
-def _plain_gated(x: Any, gate: Any, up: Any, down: Any) -> Any:
+def plain_gated(x: Any, gate: Any, up: Any, down: Any) -> Any:
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -44,7 +44,7 @@ Block = Callable[..., Any]
 
 
 def _block(x: Any, scale: Any, *kernels: Any) -> Any:
-    return x + _plain_gated(x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale, *kernels)
+    return x + plain_gated(x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale, *kernels)
 
 
 def _our_block(x: Any, scale: Any, *kernels: Any, save: str) -> Any:
@@ -97,7 +97,7 @@ CASES = (
         "gated_mlp",
         "SwiGLU MLP, 8192 x 512 -> 2048",
         partial(_args, 2),
-        _plain_gated,
+        plain_gated,
         partial(gated_mlp, save="inputs"),
         flops=18.0 * ROWS * FEATURES * HIDDEN,
         others=(('ours, save="preactivations"', partial(gated_mlp, save="preactivations")),),

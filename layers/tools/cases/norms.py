@@ -11,13 +11,13 @@ import layers
 from layers.tools.cases.case import Case, normal
 
 
-def _plain_layer_norm(x: Any, scale: Any, bias: Any) -> Any:
+def plain_layer_norm(x: Any, scale: Any, bias: Any) -> Any:
     mean = x.mean(-1, keepdims=True)
     variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0)
     return (x - mean) * jax.lax.rsqrt(variance + 1e-6) * scale + bias
 
 
-def _plain_rms_norm(x: Any, scale: Any) -> Any:
+def plain_rms_norm(x: Any, scale: Any) -> Any:
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
 
 
@@ -49,7 +49,7 @@ CASES = (
         "layer_norm",
         "layer norm, 8192 x 1024",
         lambda: (*normal((8192, 1024)), jnp.ones(1024), jnp.zeros(1024)),
-        _plain_layer_norm,
+        plain_layer_norm,
         lambda x, s, b: layers.layer_norm(x, s, b, epsilon=1e-6),
         peers=(
             ("torch", lambda torch, x, s, b: torch.nn.functional.layer_norm(x, (1024,), s, b, 1e-6)),
@@ -60,7 +60,7 @@ CASES = (
         "rms_norm",
         "RMS norm, 8192 x 1024",
         lambda: (*normal((8192, 1024)), jnp.ones(1024)),
-        _plain_rms_norm,
+        plain_rms_norm,
         lambda x, s: layers.rms_norm(x, s, epsilon=1e-6),
         peers=(("torch", lambda torch, x, s: torch.nn.functional.rms_norm(x, (1024,), s, 1e-6)),),
     ),
@@ -68,14 +68,14 @@ CASES = (
         "add_layer_norm",
         "residual sum and layer norm, 8192 x 1024",
         lambda: (*normal((8192, 1024)), *normal((8192, 1024)), jnp.ones(1024), jnp.zeros(1024)),
-        _sum_first(_plain_layer_norm),
+        _sum_first(plain_layer_norm),
         lambda x, r, s, b: layers.add_layer_norm(x, r, s, b, epsilon=1e-6),
     ),
     Case(
         "add_rms_norm",
         "residual sum and RMS norm, 8192 x 1024",
         lambda: (*normal((8192, 1024)), *normal((8192, 1024)), jnp.ones(1024)),
-        _sum_first(_plain_rms_norm),
+        _sum_first(plain_rms_norm),
         lambda x, r, s: layers.add_rms_norm(x, r, s, epsilon=1e-6),
     ),
     Case("batch_norm", "batch norm, 8 x 32 x 32 x 512", _images, _plain_batch_norm, lambda x, s, b: layers.batch_norm(x, s, b, epsilon=1e-5)[0]),

@@ -38,14 +38,14 @@ def _selective_args() -> tuple[Any, ...]:
     return u, jax.nn.softplus(delta - 3), -jnp.exp(a / 2), b, c
 
 
-def _selective(u: Any, delta: Any, a: Any, b: Any, c: Any) -> Any:
+def selective(u: Any, delta: Any, a: Any, b: Any, c: Any) -> Any:
     def step(h: Any, x: Any) -> tuple[Any, Any]:
         u, delta, b, c = x
         h = jnp.exp(delta[..., None] * a) * h + (delta * u)[..., None] * b[:, None]
         return h, jnp.einsum("bds,bs->bd", h, c)
 
     rows = tuple(jnp.moveaxis(x, 1, 0) for x in (u, delta, b, c))
-    return jnp.moveaxis(lax.scan(step, jnp.zeros((u.shape[0], *a.shape)), rows)[1], 0, 1)
+    return jnp.moveaxis(lax.scan(step, jnp.zeros((u.shape[0], *a.shape), jnp.result_type(u, a)), rows)[1], 0, 1)
 
 
 def _associative_selective(u: Any, delta: Any, a: Any, b: Any, c: Any) -> Any:
@@ -59,13 +59,15 @@ def _attention_args() -> tuple[Any, ...]:
     return q, k, v, jax.nn.log_sigmoid(g + 2)
 
 
-def _linear_attention(q: Any, k: Any, v: Any, g: Any) -> Any:
+def linear_attention(q: Any, k: Any, v: Any, g: Any) -> Any:
     def step(s: Any, x: Any) -> tuple[Any, Any]:
         q, k, v, g = x
         s = jnp.exp(g)[..., None] * s + k[..., None] * v[..., None, :]
-        return s, jnp.einsum("bhk,bhkv->bhv", q, s) / 8
+        return s, jnp.einsum("bhk,bhkv->bhv", q, s) / features**0.5
 
-    return jnp.moveaxis(lax.scan(step, jnp.zeros((1, 4, 64, 64)), tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g)))[1], 0, 1)
+    batch, _, heads, features = q.shape
+    start = jnp.zeros((batch, heads, features, v.shape[3]), jnp.result_type(q, k, v, g))
+    return jnp.moveaxis(lax.scan(step, start, tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g)))[1], 0, 1)
 
 
 def _delta_args() -> tuple[Any, ...]:
@@ -155,7 +157,7 @@ CASES = (
         "selective_scan",
         "selective scan, batch 2, 4096 steps, 512 features of 16 states",
         _selective_args,
-        _selective,
+        selective,
         selective_scan,
         others=(("associative scan", _associative_selective),),
     ),
@@ -163,7 +165,7 @@ CASES = (
         "gated_linear_attention",
         "gated linear attention, 2048 tokens, 4 heads of 64",
         _attention_args,
-        _linear_attention,
+        linear_attention,
         gated_linear_attention,
     ),
     Case(
