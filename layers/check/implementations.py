@@ -9,7 +9,7 @@ import jax
 
 from layers.check.tables import html_table, text_table
 from layers.core import checks
-from layers.core.trees import is_array
+from layers.core.trees import is_array, replaced
 from layers.kernels.dispatch import XLA, Decision, recording
 from layers.kernels.place import here
 
@@ -71,10 +71,7 @@ def implementations(layer: str | Callable[..., Any], *args: Any, **options: Any)
     indices = [i for i, x in enumerate(leaves) if is_array(x) or isinstance(x, jax.ShapeDtypeStruct)]
 
     def call(*arrays: Any) -> Any:
-        now = list(leaves)
-        for i, x in zip(indices, arrays, strict=True):
-            now[i] = x
-        given, named = tree.unflatten(now)
+        given, named = tree.unflatten(replaced(leaves, indices, arrays))
         return [x for x in jax.tree.leaves(fn(*given, **named)) if is_array(x)]
 
     with recording() as recorder:

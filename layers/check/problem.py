@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.core import checks
-from layers.core.trees import is_array, is_inexact
+from layers.core.trees import is_array, is_inexact, replaced
 from layers.function.function import Function
 
 Fn = Callable[..., Any]
@@ -45,9 +45,7 @@ class Problem:
 
     def results(self, *inputs: Any) -> list[Any]:
         now = [widened(x) if has_gradient(x) else x for x in self.leaves]
-        for i, x in zip(self.indices, inputs, strict=True):
-            now[i] = x
-        return jax.tree.leaves(self.fn(*self.tree.unflatten(now)))
+        return jax.tree.leaves(self.fn(*self.tree.unflatten(replaced(now, self.indices, inputs))))
 
 
 def has_gradient(x: Any) -> bool:

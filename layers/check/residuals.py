@@ -20,7 +20,7 @@ from layers.check.audit import Residual, Residuals
 from layers.check.producers import Producer, clean_scope, find_producer
 from layers.check.scopes import module_scopes
 from layers.core import checks, compat
-from layers.core.trees import is_array, is_number
+from layers.core.trees import is_array, is_number, replaced
 
 _PARTS = ("layers", "core"), ("layers", "function"), ("layers", "check"), ("flax",), ("equinox",)
 _LIBRARY = tuple(os.sep + os.path.join(*parts) + os.sep for parts in _PARTS)
@@ -71,10 +71,7 @@ def _audit(fn: Any, args: tuple[Any, ...], wrt: int | Sequence[int] | None, tran
 
         def run(*flat: Any) -> Any:
             def of_moving(*moved: Any) -> Any:
-                now = list(flat)
-                for i, x in zip(differentiated, moved, strict=True):
-                    now[i] = x
-                return transformed(*now)
+                return transformed(*replaced(flat, differentiated, moved))
 
             return jax.vjp(of_moving, *[flat[i] for i in differentiated])
 

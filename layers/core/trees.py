@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -32,6 +32,14 @@ def kind_of(x: Any) -> tuple[tuple[int, ...], Any]:
     return x.shape, x.dtype
 
 
+def replaced(leaves: Iterable[Any], indices: Iterable[int], values: Iterable[Any]) -> list[Any]:
+    """The list of `leaves` with one of `values` at each of `indices`."""
+    now = list(leaves)
+    for i, x in zip(indices, values, strict=True):
+        now[i] = x
+    return now
+
+
 def map_floating(name: str, fn: Callable[[Any], Any], tree: Any) -> Any:
     """`fn` of every floating-point or complex leaf; other leaves as they are.
 
@@ -50,6 +58,4 @@ def map_floating_together(name: str, fn: Callable[[list[Any]], list[Any]], tree:
         if not (is_array(x) or isinstance(x, (bool, int, float, complex))):
             raise TypeError(f"{name}: x holds a {type(x).__name__}, but must be an array or a pytree of arrays")
     indices = [i for i, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), np.inexact)]
-    for i, x in zip(indices, fn([jnp.asarray(leaves[i]) for i in indices]), strict=True):
-        leaves[i] = x
-    return structure.unflatten(leaves)
+    return structure.unflatten(replaced(leaves, indices, fn([jnp.asarray(leaves[i]) for i in indices])))

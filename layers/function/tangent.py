@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.core import compat
+from layers.core.trees import replaced
 
 Arrays = Sequence[Any]
 
@@ -80,10 +81,7 @@ def _jvp(primals: Arrays, dots: Arrays, *, map: TangentMap) -> tuple[list[Any], 
     if differentiated:
 
         def push(*moved: Any) -> list[Any]:
-            now = list(residuals)
-            for i, r in zip(differentiated, moved, strict=True):
-                now[i] = r
-            return list(map.push(now, tangents))
+            return list(map.push(replaced(residuals, differentiated, moved), tangents))
 
         terms.append(jax.jvp(push, [residuals[i] for i in differentiated], [residuals_dot[i] for i in differentiated])[1])
     if not terms:

@@ -29,6 +29,7 @@ import numpy as np
 
 from layers.core import compat
 from layers.core.numerics import wide
+from layers.core.trees import replaced
 from layers.core.varying_barrier import varying_barrier
 from layers.function.function import Function
 from layers.implicit import vectors as v
@@ -177,9 +178,6 @@ def floating(tree: Any) -> tuple[list[Any], Callable[..., Any]]:
     indices = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, np.inexact)]
 
     def rebuild(differentiated: Sequence[Any], *rest: Any) -> Any:
-        now = list(rest) * len(leaves) if rest else list(leaves)
-        for i, x in zip(indices, differentiated, strict=True):
-            now[i] = x
-        return structure.unflatten(now)
+        return structure.unflatten(replaced(rest * len(leaves) if rest else leaves, indices, differentiated))
 
     return [leaves[i] for i in indices], rebuild

@@ -16,7 +16,7 @@ from jax import lax
 from layers.core import compat
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
-from layers.core.trees import is_inexact
+from layers.core.trees import is_inexact, replaced
 from layers.reversible.placement import once_as, varying_as
 from layers.reversible.streams import Streams
 
@@ -164,9 +164,7 @@ class Chain:
         differentiated = [k for k, i in enumerate(half.indices) if wanted[i] and i not in saw]
 
         def outputs(moved: list[Any], point: Any) -> tuple[Any, Values]:
-            now = list(given)
-            for k, v in zip(differentiated, moved, strict=True):
-                now[k] = v
+            now = replaced(given, differentiated, moved)
             out, after = half.call(now, self._as_input(point, which))
             written = (k for k, i in enumerate(half.indices) if i in dstate and after[k] is not now[k])
             return out, {half.indices[k]: varying_as(after[k], dstate[half.indices[k]]) for k in written}

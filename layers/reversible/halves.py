@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from layers.core.trees import is_array, is_inexact
+from layers.core.trees import is_array, is_inexact, replaced
 from layers.function.closures import hoist, parts_of
 from layers.reversible.chain import Chain, Half
 from layers.reversible.streams import Streams
@@ -88,10 +88,7 @@ def _with_extra(call: Call, count: int, slots: list[int], leaves: list[Any], tre
     static = [None if is_array(x) else x for x in leaves]
 
     def with_extra(given: list[Any], x: Any) -> tuple[Any, list[Any]]:
-        now = list(static)
-        for k, value in zip(slots, given[count:], strict=True):
-            now[k] = value
-        args, kwargs = tree.unflatten(now)
+        args, kwargs = tree.unflatten(replaced(static, slots, given[count:]))
         out, after = call(given[:count], x, args, kwargs)
         if not is_array(out):
             raise TypeError(f"{name} returned a {type(out).__name__}, but must return one array of shape {shape}")

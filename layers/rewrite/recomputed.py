@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from layers.core import compat
 from layers.core.deferred import zero_after
 from layers.core.recompute import is_transposing
-from layers.core.trees import is_inexact
+from layers.core.trees import is_inexact, replaced
 from layers.core.varying_barrier import varying_barrier
 from layers.function.function import Function
 from layers.rewrite.cut import cheapest
@@ -117,10 +117,7 @@ class Plan:
 
     def _linearized(self, part: Part, arrays: Sequence[Any]) -> list[Any]:
         def moved(*some: Any) -> Any:
-            full = list(arrays)
-            for i, x in zip(self.wanted, some, strict=True):
-                full[i] = x
-            outs = part.run(full)
+            outs = part.run(replaced(arrays, self.wanted, some))
             return [y for y in outs if is_inexact(y)], outs
 
         _, pull, outs = jax.vjp(moved, *(arrays[i] for i in self.wanted), has_aux=True)

@@ -18,6 +18,7 @@ from flax import nnx
 
 from layers.check.audit import WAYS
 from layers.core import checks, compat
+from layers.core.trees import replaced
 from layers.rewrite.evaluation import Program
 from layers.rewrite.modules import changes, put_back, take_out, variables_of, write_back
 from layers.rewrite.nested import enter
@@ -133,10 +134,7 @@ class Signature:
         self.tree, self.fixed, self.indices, self.graph = tree, fixed, indices, graph
 
     def join(self, arrays: Sequence[Any]) -> Any:
-        leaves = list(self.fixed)
-        for i, x in zip(self.indices, arrays, strict=True):
-            leaves[i] = x
-        return jax.tree.unflatten(self.tree, leaves)
+        return jax.tree.unflatten(self.tree, replaced(self.fixed, self.indices, arrays))
 
     @property
     def is_hashable(self) -> bool:

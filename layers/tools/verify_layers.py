@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.core.machine import compiling_for
-from layers.core.trees import is_array
+from layers.core.trees import is_array, replaced
 from layers.function.function import Function
 
 MOST = {"float32": 1e-4, "bfloat16": 0.1}
@@ -62,10 +62,7 @@ def _outputs_and_gradients(layer: type[Function], leaves: list[Any], tree: Any) 
     differentiated = [i for i, x in enumerate(leaves) if _moves(x)]
 
     def outputs(*moved: Any) -> list[Any]:
-        now = list(leaves)
-        for i, x in zip(differentiated, moved, strict=True):
-            now[i] = x
-        return [y for y in jax.tree.leaves(layer.apply(*tree.unflatten(now))) if _moves(y)]
+        return [y for y in jax.tree.leaves(layer.apply(*tree.unflatten(replaced(leaves, differentiated, moved)))) if _moves(y)]
 
     def program(*moved: Any) -> list[Any]:
         outs, pull = jax.vjp(outputs, *moved)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from layers.core.trees import replaced
+
 Fn = Callable[..., Any]
 
 
@@ -82,10 +84,7 @@ def forward(fn: Fn) -> Fn:
         differentiated = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
 
         def of_moving(*moved: Any) -> Any:
-            now = list(args)
-            for i, x in zip(differentiated, moved, strict=True):
-                now[i] = x
-            return fn(*now)
+            return fn(*replaced(args, differentiated, moved))
 
         return jax.vjp(of_moving, *[args[i] for i in differentiated])
 
