@@ -1,26 +1,50 @@
-"""What the perceptrons ask of their arguments."""
+"""What the perceptrons ask of their arguments, and the options that they share."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 
 from layers.core import checks
-from layers.core.elementwise import read_activation
+from layers.core.elementwise import Activation, read_activation
 from layers.core.numerics import is_known, with_offset
+from layers.mlp.blocks import Hidden, Plan
 
 SAVE = ("inputs", "preactivations")
 
 
-def options(who: str, save: Any, block_size: Any, dtype: Any) -> dict[str, Any]:
+class Options(NamedTuple):
+    """Those of `mlp`, as they are given."""
+
+    activation: Any
+    save: Any
+    dtype: Any
+    block_size: Any
+    norm_scale: Any
+    epsilon: Any
+    scale_offset: Any
+    dropout_rate: Any
+    dropout_key: Any
+
+
+def plan(who: str, x: jax.Array, options: Options, hidden: Callable[[Activation], Hidden]) -> tuple[Any, Plan]:
+    """The scale of the norm, where there is one, and how all is computed, `hidden` of the activation between the products."""
+    scale, norm = _norm(who, x, options.norm_scale, options.epsilon, options.scale_offset)
+    dropping = _dropping(who, options.dropout_rate, options.dropout_key)
+    f = read_activation(who, options.activation)
+    return scale, Plan(hidden(f), **_computation(who, options.save, options.block_size, options.dtype), **norm, **dropping)
+
+
+def _computation(who: str, save: Any, block_size: Any, dtype: Any) -> dict[str, Any]:
     """What a plan holds of these."""
     keep = checks.choice(who, "save", save, SAVE) == "preactivations"
     block = checks.integer(who, "block_size", block_size, "[1, inf)", optional=True)
     return {"keep": keep, "block": block, "dtype": checks.dtype(who, "dtype", dtype)}
 
 
-def norm(who: str, x: jax.Array, scale: Any, epsilon: Any, scale_offset: Any) -> tuple[Any, dict[str, Any]]:
+def _norm(who: str, x: jax.Array, scale: Any, epsilon: Any, scale_offset: Any) -> tuple[Any, dict[str, Any]]:
     """The scale of the norm, where there is one, and what a plan holds of it."""
     scale = checks.array(who, "norm_scale", scale, optional=True)
     checks.shape(who, "norm_scale", scale, x.shape[-1:], "(in_features,)", x=x)
@@ -32,7 +56,7 @@ def norm(who: str, x: jax.Array, scale: Any, epsilon: Any, scale_offset: Any) ->
     return scale, {"epsilon": epsilon, "scale_offset": offset}
 
 
-def dropping(who: str, rate: Any, key: Any) -> dict[str, Any]:
+def _dropping(who: str, rate: Any, key: Any) -> dict[str, Any]:
     """What a plan holds of these."""
     rate = checks.number(who, "dropout_rate", rate, "[0, 1]", traced=True)
     key = checks.key(who, "dropout_key", key, optional=True)
@@ -76,7 +100,7 @@ def module(who: str, in_features: Any, hidden_features: Any, out_features: Any, 
     ins, hidden = (checks.integer(who, k, v, size) for k, v in {"in_features": in_features, "hidden_features": hidden_features}.items())
     out = checks.integer(who, "out_features", out_features, size, optional=True)
     read_activation(who, others["activation"])
-    options(who, others["save"], others["block_size"], others["dtype"])
+    _computation(who, others["save"], others["block_size"], others["dtype"])
     checks.flag(who, "use_bias", others["use_bias"])
     checks.dtype(who, "param_dtype", others["param_dtype"], optional=False)
     for what in ("kernel_init", "bias_init"):

@@ -17,7 +17,7 @@ drawn for the rows of a block, from a hash of the words of a key and the place i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -54,16 +54,14 @@ class Affine(NamedTuple):
         return Affine(kernel, None if self.bias is None else self.bias + dy.astype(self.bias.dtype).sum(0))
 
 
-class Hidden(NamedTuple):
-    """What stands between the products.
+class Hidden(Protocol):
+    """What stands between the products: h of one array a, or of several, and `(dh, *a)` to the gradient of each a."""
 
-    Attributes:
-        value: h of one array a, or of several.
-        pull: `(dh, *a)` to the gradient of each a.
-    """
+    @property
+    def value(self) -> Callable[..., jax.Array]: ...
 
-    value: Callable[..., jax.Array]
-    pull: Callable[..., tuple[jax.Array, ...]]
+    @property
+    def pull(self) -> Callable[..., tuple[jax.Array, ...]]: ...
 
 
 class Plan(NamedTuple):

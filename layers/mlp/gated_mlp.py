@@ -15,7 +15,7 @@ Reference: Shazeer, "GLU Variants Improve Transformer", 2020; for the recomputat
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +24,25 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxtyping import Array, Float
 
 from layers.core.constants import refuse_gradient
-from layers.core.elementwise import ACTIVATIONS, Activation, read_activation
+from layers.core.elementwise import SILU, Activation
 from layers.core.rows import as_rows
 from layers.function.function import Function
-from layers.mlp import arguments, drops
-from layers.mlp.blocks import Affine, Hidden, Needs, Plan, run, run_back
+from layers.mlp import arguments
+from layers.mlp.arguments import Options
+from layers.mlp.blocks import Affine, Needs, Plan, run, run_back
+from layers.mlp.perceptron import Perceptron
 
 
-def hidden(f: Activation) -> Hidden:
+class Gated(NamedTuple):
     """h = f(g) u, dg = dh u f'(g) and du = dh f(g)."""
-    return Hidden(lambda g, u: f.value(g) * u, lambda dh, g, u: (f.pull(g, dh * u), dh * f.value(g)))
 
+    f: Activation
 
-HIDDEN = {name: hidden(f) for name, f in ACTIVATIONS.items()}
+    def value(self, g: jax.Array, u: jax.Array) -> jax.Array:
+        return self.f.value(g) * u
+
+    def pull(self, dh: jax.Array, g: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.f.pull(g, dh * u), dh * self.f.value(g)
 
 
 class GatedMLPFunction(Function):
@@ -69,7 +75,7 @@ class GatedMLPFunction(Function):
     def example(key, dtype):
         shapes = (5, 3), (3, 7), (3, 7), (7, 4), (7,), (7,), (4,), (3,)
         arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 8), shapes, strict=True)]
-        return *arrays, Plan(HIDDEN["silu"], keep=True, block=2, epsilon=1e-6)
+        return *arrays, Plan(Gated(SILU), keep=True, block=2, epsilon=1e-6)
 
 
 def _apart(gate: Affine, up: Affine) -> list[Affine]:
@@ -131,37 +137,12 @@ def gated_mlp(
         TypeError: where an array is not of a real floating-point dtype, `dropout_key` is no key, or the gradient of `epsilon` or `dropout_rate` is
             asked for.
     """
-    options = {
-        "activation": activation,
-        "save": save,
-        "dtype": dtype,
-        "block_size": block_size,
-        "norm_scale": norm_scale,
-        "epsilon": epsilon,
-        "scale_offset": scale_offset,
-        "dropout": (dropout_rate, dropout_key),
-    }
-    return _compute("gated_mlp", x, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, **options)
+    options = Options(activation, save, dtype, block_size, norm_scale, epsilon, scale_offset, dropout_rate, dropout_key)
+    return _compute("gated_mlp", x, gate_kernel, up_kernel, down_kernel, gate_bias, up_bias, down_bias, options)
 
 
 def _compute(
-    who: str,
-    x: Any,
-    gate_kernel: Any,
-    up_kernel: Any,
-    down_kernel: Any,
-    gate_bias: Any,
-    up_bias: Any,
-    down_bias: Any,
-    *,
-    activation: Any,
-    save: Any,
-    dtype: Any,
-    block_size: Any,
-    norm_scale: Any,
-    epsilon: Any,
-    scale_offset: Any,
-    dropout: tuple[Any, Any],
+    who: str, x: Any, gate_kernel: Any, up_kernel: Any, down_kernel: Any, gate_bias: Any, up_bias: Any, down_bias: Any, options: Options
 ) -> jax.Array:
     """`gated_mlp`, for the function and for the module."""
     x, fused = arguments.rows(who, x), up_kernel is None
@@ -171,17 +152,12 @@ def _compute(
     found = arguments.biases(who, sizes, gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias)
     if fused and found[1] is not None:
         raise ValueError(f"{who}: up_bias is given, but without up_kernel must be None: gate_bias holds both")
-    norm_scale, norm = arguments.norm(who, x, norm_scale, epsilon, scale_offset)
-    dropping = arguments.dropping(who, *dropout)
-    f = read_activation(who, activation)
-    plan = Plan(
-        HIDDEN[activation] if isinstance(activation, str) else hidden(f), **arguments.options(who, save, block_size, dtype), **norm, **dropping
-    )
+    norm_scale, plan = arguments.plan(who, x, options, Gated)
     y = GatedMLPFunction.apply(as_rows(x), gate_kernel, up[0] if up else None, down_kernel, *found, norm_scale, plan)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-class GatedMLP(nnx.Module):
+class GatedMLP(Perceptron):
     """A gated multilayer perceptron, by `gated_mlp`; parameters as those of three `flax.nnx.Linear` named `gate`, `up` and `down`.
 
     Args:
@@ -202,6 +178,10 @@ class GatedMLP(nnx.Module):
         rngs: where random numbers come from; of dropout, from its stream "dropout".
     """
 
+    maps = ("gate", "up", "down")
+    gate: nnx.Linear
+    compute = staticmethod(_compute)
+
     def __init__(
         self,
         in_features: int,
@@ -220,43 +200,6 @@ class GatedMLP(nnx.Module):
         deterministic: bool | None = False,
         rngs: nnx.Rngs,
     ):
-        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init}
-        others = {"activation": activation, "save": save, "block_size": block_size}
-        sizes = in_features, hidden_features, out_features
-        in_features, hidden_features, out_features = arguments.module("GatedMLP", *sizes, **options, **others)
-        options["rngs"] = rngs
-        self.gate = nnx.Linear(in_features, hidden_features, **options)
-        self.up = nnx.Linear(in_features, hidden_features, **options)
-        self.down = nnx.Linear(hidden_features, out_features, **options)
-        self.dropout = drops.module("GatedMLP", dropout_rate, deterministic, rngs)
-        self.activation, self.save, self.dtype, self.block_size = activation, save, dtype, block_size
-
-    def __call__(
-        self,
-        x: Any,
-        norm_scale: Any = None,
-        epsilon: float = 1e-6,
-        scale_offset: float = 0.0,
-        *,
-        deterministic: bool | None = None,
-        rngs: Any = None,
-    ) -> jax.Array:
-        """`norm_scale`, `epsilon` and `scale_offset` as of `gated_mlp`: with those of an `RMSNorm`, what the module gives of its output.
-
-        deterministic, rngs: as of `flax.nnx.Dropout`.
-        """
-        maps = self.gate, self.up, self.down
-        return _compute(
-            "GatedMLP",
-            x,
-            *(m.kernel[...] for m in maps),
-            *(None if m.bias is None else m.bias[...] for m in maps),
-            activation=self.activation,
-            save=self.save,
-            dtype=self.dtype,
-            block_size=self.block_size,
-            norm_scale=norm_scale,
-            epsilon=epsilon,
-            scale_offset=scale_offset,
-            dropout=drops.rate_and_key("GatedMLP", self.dropout, deterministic, rngs),
-        )
+        parameters = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init}
+        options = {"activation": activation, "save": save, "block_size": block_size}
+        super().__init__((in_features, hidden_features, out_features), parameters, options, (dropout_rate, deterministic), rngs)

@@ -16,7 +16,7 @@ Hsu et al., "Liger Kernel", 2024.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +25,25 @@ from flax.nnx.nn.linear import default_bias_init, default_kernel_init
 from jaxtyping import Array, Float
 
 from layers.core.constants import refuse_gradient
-from layers.core.elementwise import ACTIVATIONS, Activation, read_activation
+from layers.core.elementwise import GELU, Activation
 from layers.core.rows import as_rows
 from layers.function.function import Function
-from layers.mlp import arguments, drops
-from layers.mlp.blocks import Affine, Hidden, Needs, Plan, run, run_back
+from layers.mlp import arguments
+from layers.mlp.arguments import Options
+from layers.mlp.blocks import Affine, Needs, Plan, run, run_back
+from layers.mlp.perceptron import Perceptron
 
 
-def hidden(f: Activation) -> Hidden:
+class Plain(NamedTuple):
     """h = f(a) and da = dh f'(a)."""
-    return Hidden(f.value, lambda dh, a: (f.pull(a, dh),))
 
+    f: Activation
 
-HIDDEN = {name: hidden(f) for name, f in ACTIVATIONS.items()}
+    def value(self, a: jax.Array) -> jax.Array:
+        return self.f.value(a)
+
+    def pull(self, dh: jax.Array, a: jax.Array) -> tuple[jax.Array]:
+        return (self.f.pull(a, dh),)
 
 
 class MLPFunction(Function):
@@ -61,7 +67,7 @@ class MLPFunction(Function):
     def example(key, dtype):
         shapes = (5, 3), (3, 7), (7, 4), (7,), (4,), (3,)
         arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 6), shapes, strict=True)]
-        return *arrays, Plan(HIDDEN["gelu"], keep=False, block=2, epsilon=1e-6, rate=0.3, words=jnp.array([1, 2], jnp.uint32))
+        return *arrays, Plan(Plain(GELU), keep=False, block=2, epsilon=1e-6, rate=0.3, words=jnp.array([1, 2], jnp.uint32))
 
 
 def mlp(
@@ -112,52 +118,22 @@ def mlp(
         TypeError: where an array is not of a real floating-point dtype, `dropout_key` is no key, or the gradient of `epsilon` or `dropout_rate` is
             asked for.
     """
-    options = {
-        "activation": activation,
-        "save": save,
-        "dtype": dtype,
-        "block_size": block_size,
-        "norm_scale": norm_scale,
-        "epsilon": epsilon,
-        "scale_offset": scale_offset,
-        "dropout": (dropout_rate, dropout_key),
-    }
-    return _compute("mlp", x, up_kernel, down_kernel, up_bias, down_bias, **options)
+    options = Options(activation, save, dtype, block_size, norm_scale, epsilon, scale_offset, dropout_rate, dropout_key)
+    return _compute("mlp", x, up_kernel, down_kernel, up_bias, down_bias, options)
 
 
-def _compute(
-    who: str,
-    x: Any,
-    up_kernel: Any,
-    down_kernel: Any,
-    up_bias: Any,
-    down_bias: Any,
-    *,
-    activation: Any,
-    save: Any,
-    dtype: Any,
-    block_size: Any,
-    norm_scale: Any,
-    epsilon: Any,
-    scale_offset: Any,
-    dropout: tuple[Any, Any],
-) -> jax.Array:
+def _compute(who: str, x: Any, up_kernel: Any, down_kernel: Any, up_bias: Any, down_bias: Any, options: Options) -> jax.Array:
     """`mlp`, for the function and for the module."""
     x = arguments.rows(who, x)
     up_kernel, down_kernel = arguments.kernels(who, x, down_kernel, up_kernel=up_kernel)
     sizes = {"up_bias": up_kernel.shape[1], "down_bias": down_kernel.shape[1]}
     up_bias, down_bias = arguments.biases(who, sizes, up_bias=up_bias, down_bias=down_bias)
-    norm_scale, norm = arguments.norm(who, x, norm_scale, epsilon, scale_offset)
-    dropping = arguments.dropping(who, *dropout)
-    f = read_activation(who, activation)
-    plan = Plan(
-        HIDDEN[activation] if isinstance(activation, str) else hidden(f), **arguments.options(who, save, block_size, dtype), **norm, **dropping
-    )
+    norm_scale, plan = arguments.plan(who, x, options, Plain)
     y = MLPFunction.apply(as_rows(x), up_kernel, down_kernel, up_bias, down_bias, norm_scale, plan)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-class MLP(nnx.Module):
+class MLP(Perceptron):
     """A multilayer perceptron with one hidden layer, by `mlp`; parameters as those of two `flax.nnx.Linear` named `up` and `down`.
 
     Args:
@@ -178,6 +154,9 @@ class MLP(nnx.Module):
         rngs: where random numbers come from; of dropout, from its stream "dropout".
     """
 
+    maps = ("up", "down")
+    compute = staticmethod(_compute)
+
     def __init__(
         self,
         in_features: int,
@@ -196,44 +175,6 @@ class MLP(nnx.Module):
         deterministic: bool | None = False,
         rngs: nnx.Rngs,
     ):
-        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init}
-        others = {"activation": activation, "save": save, "block_size": block_size}
-        sizes = in_features, hidden_features, out_features
-        in_features, hidden_features, out_features = arguments.module("MLP", *sizes, **options, **others)
-        options["rngs"] = rngs
-        self.up = nnx.Linear(in_features, hidden_features, **options)
-        self.down = nnx.Linear(hidden_features, out_features, **options)
-        self.dropout = drops.module("MLP", dropout_rate, deterministic, rngs)
-        self.activation, self.save, self.dtype, self.block_size = activation, save, dtype, block_size
-
-    def __call__(
-        self,
-        x: Any,
-        norm_scale: Any = None,
-        epsilon: float = 1e-6,
-        scale_offset: float = 0.0,
-        *,
-        deterministic: bool | None = None,
-        rngs: Any = None,
-    ) -> jax.Array:
-        """`norm_scale`, `epsilon` and `scale_offset` as of `mlp`: with those of an `RMSNorm`, what the module gives of its output.
-
-        deterministic, rngs: as of `flax.nnx.Dropout`.
-        """
-        up, down = self.up, self.down
-        return _compute(
-            "MLP",
-            x,
-            up.kernel[...],
-            down.kernel[...],
-            None if up.bias is None else up.bias[...],
-            None if down.bias is None else down.bias[...],
-            activation=self.activation,
-            save=self.save,
-            dtype=self.dtype,
-            block_size=self.block_size,
-            norm_scale=norm_scale,
-            epsilon=epsilon,
-            scale_offset=scale_offset,
-            dropout=drops.rate_and_key("MLP", self.dropout, deterministic, rngs),
-        )
+        parameters = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "bias_init": bias_init}
+        options = {"activation": activation, "save": save, "block_size": block_size}
+        super().__init__((in_features, hidden_features, out_features), parameters, options, (dropout_rate, deterministic), rngs)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from layers.implicit import CG, GMRES, Anderson, Broyden, ConvergenceError, Iteration, Neumann, OneStep, vectors
 from layers.implicit.fixed_point import fixed_point
 from layers.implicit.linear import default_tolerance
+from layers.tools.cases.case import forward_and_backward
 from layers.tools.cases.implicit import CASES
 from tests.support import assert_trees_close, draw_normal, jit_grad, saved_bytes, temp_bytes
 
@@ -419,10 +420,11 @@ def test_memory_is_a_tenth_of_the_unrolled_loop_and_does_not_grow_with_the_steps
         options = {"solver": "iteration", "backward": "iteration", "max_steps": steps, "backward_steps": steps}
         return jax.value_and_grad(lambda w, u: jnp.sin(fixed_point(f, jnp.zeros_like(u), w, u, **options)[0]).sum(), (0, 1))
 
-    programs, args = CASES[0].programs(), CASES[0].arguments()
-    least = temp_bytes(programs["ours"], *args)
+    case = CASES[0]
+    args = case.arguments()
+    least = temp_bytes(forward_and_backward(case.ours), *args)
     assert least <= 4.1 * args[2].nbytes
-    assert least <= 0.12 * temp_bytes(programs["idiomatic"], *args)
+    assert least <= 0.12 * temp_bytes(forward_and_backward(case.idiomatic), *args)
     assert temp_bytes(ours(11), *args[1:]) == temp_bytes(ours(100), *args[1:])
 
 
