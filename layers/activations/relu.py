@@ -34,6 +34,11 @@ class ReLUFunction(Function):
     def example(key, dtype):
         return (jax.random.normal(key, (3, 5), dtype),)
 
+    @staticmethod
+    def examples(key, dtype):
+        (x,) = ReLUFunction.example(key, dtype)
+        return {"infinite": (jnp.array([jnp.inf, -jnp.inf, 1e4, -1e4], dtype),), "far out": (1e4 * x,), "empty": (x[:0],)}
+
 
 def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Computes max(x, 0), as `jax.nn.relu`; the gradient at 0 is 0.

@@ -106,6 +106,25 @@ class DotProductAttentionFunction(Function):
         hidden = Hidden(key_lengths=jnp.array([5, 3]), words=jnp.array([1, 2], jnp.uint32))
         return q, k, v, bias, sinks, hidden, Options(scale=0.5, cap=2.0, low=-1, high=3, rate=0.2, blocks=(4, 2))
 
+    @staticmethod
+    def examples(key, dtype):
+        q, k, v, bias, sinks, _, _ = DotProductAttentionFunction.example(key, dtype)
+        q, k, v, bias = q[:, :3], k[:, :4], v[:, :4], bias[..., :3, :4]
+        plain, causal = Options(), Options(low=0)
+        mask = jnp.array([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1]], bool)[None, None]
+        segments = {"query_segments": jnp.array([[0, 0, 1]] * 2), "key_segments": jnp.array([[0, 0, 1, 1]] * 2)}
+        return {
+            "plain": (q, k, v, None, None, Hidden(), plain),
+            "far out": (1e3 * q, k, v, None, None, Hidden(), plain),
+            "causal from an offset": (q, k, v, bias, None, Hidden(offsets=jnp.array([1, 0])), causal),
+            "a mask that hides all from a query": (q, k, v, None, sinks, Hidden(mask=mask), plain),
+            "masked by a bias": (q, k, v, jnp.where(mask, bias, -jnp.inf), None, Hidden(), plain),
+            "lengths and segments": (q, k, v, None, None, Hidden(query_lengths=jnp.array([3, 0]), **segments), causal),
+            "no tokens": (q[:, :0], k, v, None, None, Hidden(), plain),
+            "no keys": (q, k[:, :0], v[:, :0], None, None, Hidden(), plain),
+            "dropped alike": (q, k, v, None, None, Hidden(words=jnp.array([1, 2], jnp.uint32)), Options(rate=0.5, shared_dropout=True)),
+        }
+
 
 def dot_product_attention(
     query: Float[Array, "*batch time heads head_dim"],

@@ -15,7 +15,7 @@ Reference: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -64,6 +64,19 @@ class RotaryEmbeddingFunction(Function):
     def example(key, dtype):
         rotation = Rotation(4, (1.0, 0.1), factor=1.5)
         return jax.random.normal(key, (2, 3, 2, 6), dtype), jnp.array([[0, 1, 5], [3, 0, 2]]), None, rotation
+
+    @staticmethod
+    def examples(key, dtype):
+        x, positions, _, rotation = RotaryEmbeddingFunction.example(key, dtype)
+        sections = replace(rotation, rotated=6, frequencies=(1.0, 0.5, 0.1), sections=(1, 2))
+        return {
+            "pairs beside each other": (x, positions, None, replace(rotation, interleaved=True, factor=1.0)),
+            "frequencies that are an array": (x, positions, jnp.array([2, 1]), replace(rotation, frequencies=None)),
+            "heads before time": (x.swapaxes(1, 2), positions, None, replace(rotation, heads_first=True)),
+            "positions of several axes": (x, jnp.stack([positions, positions[::-1]], -1), None, sections),
+            "far positions": (x, 10000 * positions, None, rotation),
+            "no tokens": (x[:, :0], positions[:, :0], None, rotation),
+        }
 
 
 def _rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array | None, rotation: Rotation, sign: int) -> jax.Array:

@@ -55,6 +55,16 @@ class DropoutFunction(Function):
     def example(key, dtype):
         return jax.random.normal(key, (3, 5, 4), dtype), jax.random.key_data(jax.random.key(0)), 0.4, (1,), "hash"
 
+    @staticmethod
+    def examples(key, dtype):
+        x, words, rate, broadcast_dims, generator = DropoutFunction.example(key, dtype)
+        return {
+            "all dropped": (x, words, 1.0, (), generator),
+            "nothing dropped": (x, words, 0.0, (), generator),
+            "infinite": (x.at[0].set(jnp.inf), words, rate, broadcast_dims, generator),
+            "empty": (x[:0], words, rate, broadcast_dims, generator),
+        }
+
 
 def dropout(
     x: Float[Array, "*shape"], key: Any, *, rate: float | Float[Array, ""], broadcast_dims: Sequence[int] = (), generator: str = "hash"

@@ -28,7 +28,7 @@ from layers.function.function import Function
 
 class EmbedFunction(Function):
     @staticmethod
-    def forward(ctx, indices, embedding, *, dtype=None):
+    def forward(ctx, indices, embedding, dtype=None):
         if indices.dtype.itemsize < 4:  # the size of the table may not fit the dtype, and negative indices have it added
             indices = indices.astype(jnp.int32)
         ctx.save_for_backward(indices)
@@ -38,11 +38,22 @@ class EmbedFunction(Function):
     @staticmethod
     def backward(ctx, dy):
         (indices,) = ctx.saved_tensors
-        return None, jnp.zeros(ctx.shape, ctx.dtype).at[indices].add(dy.astype(ctx.dtype), mode="drop")
+        return None, jnp.zeros(ctx.shape, ctx.dtype).at[indices].add(dy.astype(ctx.dtype), mode="drop"), None
 
     @staticmethod
     def example(key, dtype):
         return jnp.array([[0, 3, 3], [6, 0, -1]]), jax.random.normal(key, (7, 5), dtype)
+
+    @staticmethod
+    def examples(key, dtype):
+        indices, embedding = EmbedFunction.example(key, dtype)
+        return {
+            "rows in another dtype": (indices, embedding, jnp.float64),
+            "outside of the table": (indices - 5, embedding),
+            "8-bit indices": (indices.astype(jnp.int8), embedding),
+            "far out": (indices, 1e4 * embedding),
+            "no rows": (indices[:0], embedding),
+        }
 
 
 def embed(indices: Int[Array, "*batch"], embedding: Float[Array, "vocab features"]) -> Float[Array, "*batch features"]:

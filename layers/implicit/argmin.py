@@ -12,12 +12,14 @@ Reference: Blondel et al., "Efficient and Modular Implicit Differentiation", 202
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from layers.core import checks
+from layers.implicit.krylov import CG
 from layers.implicit.linear import LinearSystem
 from layers.implicit.minimizers import LBFGS, NewtonCG
 from layers.implicit.options import read
@@ -39,7 +41,19 @@ class ArgminFunction(ImplicitFunction):
         x0, u = (jax.random.normal(k, (2, 3), dtype) for k in keys[:2])
         w = jax.random.normal(keys[2], (3, 3), dtype) / 3
         linear = LinearSystem("ArgminFunction", Iteration())
-        return Equation("ArgminFunction", jax.grad(objective), False, Iteration(), linear), [x0], (w, u)
+        return Equation("ArgminFunction", jax.grad(objective), False, Iteration(), linear, objective=objective), [x0], (w, u)
+
+    @staticmethod
+    def examples(key, dtype):
+        equation, x0, (w, u) = ArgminFunction.example(key, dtype)
+        by_newton = replace(equation, solver=NewtonCG(), linear=replace(equation.linear, method=CG()))
+        strict = replace(by_newton, tol=1e-12, max_steps=50, throw=True)
+        strict = replace(strict, linear=replace(strict.linear, tol=1e-12, max_steps=50, throw=True))
+        return {
+            "by Newton's method, strictly": (strict, x0, (w, u)),
+            "zeros": (by_newton, [0 * x0[0]], (0 * w, 0 * u)),
+            "no rows": (by_newton, [x0[0][:0]], (w, u[:0])),
+        }
 
 
 def argmin(

@@ -12,12 +12,14 @@ Reference: Blondel et al., "Efficient and Modular Implicit Differentiation", 202
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from layers.core import checks
+from layers.implicit.krylov import GMRES
 from layers.implicit.linear import LinearSystem
 from layers.implicit.options import read
 from layers.implicit.rule import Convergence, Equation, ImplicitFunction
@@ -39,6 +41,18 @@ class RootFunction(ImplicitFunction):
         w = jax.random.normal(keys[2], (3, 3), dtype) / 3
         linear = LinearSystem("RootFunction", Iteration())
         return Equation("RootFunction", f, False, Iteration(), linear), [x0], (w, u)
+
+    @staticmethod
+    def examples(key, dtype):
+        equation, x0, (w, u) = RootFunction.example(key, dtype)
+        by_newton = replace(equation, solver=Newton(), linear=replace(equation.linear, method=GMRES()))
+        strict = replace(by_newton, tol=1e-12, max_steps=50, throw=True)
+        strict = replace(strict, linear=replace(strict.linear, tol=1e-12, max_steps=50, throw=True))
+        return {
+            "by Newton's method, strictly": (strict, x0, (w, u)),
+            "zeros": (by_newton, [0 * x0[0]], (0 * w, 0 * u)),
+            "no rows": (by_newton, [x0[0][:0]], (w, u[:0])),
+        }
 
 
 def root(

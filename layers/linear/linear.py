@@ -38,7 +38,7 @@ class LinearFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias=None, *, out_axis=0, dtype=None):
+    def forward(ctx, input, weight, bias=None, out_axis=0, dtype=None):
         given = [a for a in (input, weight, bias) if a is not None]
         dtype = jnp.dtype(dtype or jnp.result_type(*given))
         x = input.astype(dtype)
@@ -63,7 +63,7 @@ class LinearFunction(Function):
         if len(grads) > 2 and ctx.needs_input_grad[2]:
             grads[2] = grad_output.sum(leading)
         grads = [g.real if g is not None and real else g for g, real in zip(grads, ctx.is_real, strict=True)]
-        return *grads, *[None] * (3 - len(grads))
+        return *grads, *[None] * (5 - len(grads))
 
     @staticmethod
     def example(key, dtype):
@@ -73,7 +73,13 @@ class LinearFunction(Function):
     @staticmethod
     def examples(key, dtype):
         x, weight, bias = LinearFunction.example(key, dtype)
-        return {"no bias": (x, weight, None), "one vector": (x[0], weight, bias), "no rows": (x[:0], weight, bias)}
+        return {
+            "no bias": (x, weight, None),
+            "Flax's kernel, products in float64": (x, weight.T, bias, 1, jnp.float64),
+            "far out": (1e4 * x, weight, bias),
+            "one vector": (x[0], weight, bias),
+            "no rows": (x[:0], weight, bias),
+        }
 
 
 def _contract(x: jax.Array, y: jax.Array, x_axes: tuple[int, ...], y_axes: tuple[int, ...], out_sharding: Any = None) -> jax.Array:

@@ -93,6 +93,25 @@ class LinearCrossEntropyFunction(Function):
         labels = Labels(jnp.array([2, 6, -100, 2, 0]), where=jnp.array([1, 2, 1, 0, 3]))
         return x, kernel, bias, labels, Options(label_smoothing=0.1, z_loss=0.1, logit_soft_cap=3.0, block_size=2)
 
+    @staticmethod
+    def examples(key, dtype):
+        x, kernel, bias, labels, _ = LinearCrossEntropyFunction.example(key, dtype)
+        weighted = labels._replace(class_weights=jnp.arange(7))
+        distribution = Labels(jax.nn.softmax(jax.random.normal(key, (5, 7), dtype)))
+        ignoring = weighted._replace(given=jnp.array([2, 6, 1, 2, 0]))
+        every = Options(
+            ignore_index=2, reduction="sum", temperature=2.0, return_logsumexp=True, return_accuracy=True, return_entropy=True, return_rank=True
+        )
+        return {
+            "plain": (x, kernel, None, Labels(labels.given), Options()),
+            "nothing but ignored rows": (x, kernel, None, Labels(jnp.full(5, -100)), Options()),
+            "far out": (1e4 * x, kernel, None, Labels(labels.given), Options()),
+            "a loss a row, by class weights": (x, kernel, bias, weighted, Options(reduction="none")),
+            "all that it returns": (x, kernel, bias, ignoring, every),
+            "distributions": (x, kernel, bias, distribution, Options(reduction="sum")),
+            "no rows": (x[:0], kernel, bias, Labels(labels.given[:0]), Options()),
+        }
+
 
 def _recomputed(ctx, dloss, dlse, dentropy):
     (x, kernel, bias, labels, softmax, entropy), (dloss, dlse, dentropy) = barrier(ctx.saved_tensors, (dloss, dlse, dentropy))

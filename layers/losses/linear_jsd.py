@@ -113,6 +113,19 @@ class LinearJSDFunction(Function):
         x, kernel, bias, *teacher = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 5), shapes, strict=True))
         return x, kernel, bias, *teacher, None, jnp.array([1, 2, 0, 1, 3]), Options(0.3, 1.5)
 
+    @staticmethod
+    def examples(key, dtype):
+        x, kernel, bias, teacher_x, teacher_kernel, _, where, _ = LinearJSDFunction.example(key, dtype)
+        teacher = teacher_x, teacher_kernel, kernel[0]
+        return {
+            "plain": (x, kernel, None, *teacher, None, Options()),
+            "far out": (1e4 * x, kernel, None, *teacher, None, Options()),
+            "forward, a loss a row": (x, kernel, bias, *teacher, where, Options(0.0, reduction="none", block_size=2)),
+            "backward, the sum": (x, kernel, bias, *teacher, where, Options(1.0, reduction="sum")),
+            "nothing counts": (x, kernel, bias, *teacher, jnp.zeros(5), Options()),
+            "no rows": (x[:0], kernel, bias, teacher_x[:0], teacher_kernel, None, where[:0], Options()),
+        }
+
 
 def _gradients(a: jax.Array, b: jax.Array, stats: Stats, weight: jax.Array, options: Options) -> jax.Array:
     def of_rows(a: jax.Array, arrays: Any) -> jax.Array:

@@ -90,11 +90,13 @@ class SoftmaxCrossEntropyFunction(Function):
     @staticmethod
     def examples(key, dtype):
         logits, labels = jax.random.normal(key, (3, 7), dtype), Labels(jnp.array([2, -100, 0]))
+        every = Options(ignore_index=2, return_accuracy=True, return_rank=True, block_size=2)
         return {
             "plain, a loss a row": (logits, labels, Options(reduction="none")),
             "probabilities at a temperature": (logits, Labels(jax.nn.softmax(logits[::-1])), Options(temperature=2.0, reduction="sum")),
             "nothing but ignored rows": (logits, Labels(jnp.full(3, -100)), Options()),
             "logits far out": (1e4 * logits, labels, Options()),
+            "all that it returns, by class weights": (logits, Labels(jnp.array([2, 6, 1]), jnp.arange(7), jnp.array([1, 2, 0])), every),
             "forbidden classes": (logits.at[:, 1].set(-jnp.inf), labels, Options()),
             "no rows": (logits[:0], Labels(jnp.zeros(0, int)), Options()),
         }

@@ -77,6 +77,28 @@ class GatedMLPFunction(Function):
         arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 8), shapes, strict=True)]
         return *arrays, Plan(Gated(SILU), keep=True, block=2, epsilon=1e-6)
 
+    @staticmethod
+    def examples(key, dtype):
+        x, gate, up, down, *biases, scale, _ = GatedMLPFunction.example(key, dtype)
+        none, plain = (None, None, None, None), Plan(HIDDEN["silu"], keep=False)
+        words = jnp.array([1, 2], jnp.uint32)
+        return {
+            "plain": (x, gate, up, down, *none, plain),
+            "far out": (1e4 * x, gate, up, down, *none, plain),
+            "both kernels in one": (x, jnp.concatenate([gate, up], 1), None, down, jnp.concatenate(biases[:2]), None, biases[2], None, plain),
+            "dropped, products in float64": (
+                x,
+                gate,
+                up,
+                down,
+                *biases,
+                scale,
+                plain._replace(rate=0.3, words=words, scale_offset=1.0, dtype=jnp.float64),
+            ),
+            "one row": (x[:1], gate, up, down, *biases, scale, plain),
+            "no rows": (x[:0], gate, up, down, *biases, scale, plain),
+        }
+
 
 def _apart(gate: Affine, up: Affine) -> list[Affine]:
     """The two maps, of one that may hold both."""

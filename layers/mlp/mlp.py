@@ -69,6 +69,26 @@ class MLPFunction(Function):
         arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 6), shapes, strict=True)]
         return *arrays, Plan(Plain(GELU), keep=False, block=2, epsilon=1e-6, rate=0.3, words=jnp.array([1, 2], jnp.uint32))
 
+    @staticmethod
+    def examples(key, dtype):
+        x, up, down, up_bias, down_bias, scale, _ = MLPFunction.example(key, dtype)
+        plain = Plan(HIDDEN["gelu"], keep=True)
+        return {
+            "plain": (x, up, down, None, None, None, plain),
+            "far out": (1e4 * x, up, down, None, None, None, plain),
+            "an offset of the scale, products in float64": (
+                x,
+                up,
+                down,
+                up_bias,
+                down_bias,
+                scale,
+                plain._replace(scale_offset=1.0, dtype=jnp.float64),
+            ),
+            "one row": (x[:1], up, down, up_bias, down_bias, scale, plain),
+            "no rows": (x[:0], up, down, up_bias, down_bias, scale, plain),
+        }
+
 
 def mlp(
     x: Float[Array, "*batch in_features"],

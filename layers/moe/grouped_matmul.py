@@ -67,6 +67,15 @@ class GroupedMatmulFunction(Function):
         first, second = jax.random.split(key)
         return jax.random.normal(first, (9, 3), dtype), jax.random.normal(second, (4, 3, 2), dtype), jnp.array([3, 0, 4, 1]), 2, False
 
+    @staticmethod
+    def examples(key, dtype):
+        x, kernels, sizes, block, _ = GroupedMatmulFunction.example(key, dtype)
+        return {
+            "transposed": (x, kernels.swapaxes(1, 2), sizes, block, True),
+            "far out": (1e4 * x, kernels, sizes, block, False),
+            "rows of no group": (x, kernels, 0 * sizes, block, False),
+        }
+
 
 class GroupedOuterFunction(Function):
     """Σ x_iᵀ y_i over the rows of each group."""
@@ -95,6 +104,11 @@ class GroupedOuterFunction(Function):
     def example(key, dtype):
         first, second = jax.random.split(key)
         return jax.random.normal(first, (9, 3), dtype), jax.random.normal(second, (9, 2), dtype), jnp.array([3, 0, 4, 1]), 2
+
+    @staticmethod
+    def examples(key, dtype):
+        x, y, sizes, block = GroupedOuterFunction.example(key, dtype)
+        return {"far out": (1e4 * x, y, sizes, block), "rows of no group": (x, y, 0 * sizes, block)}
 
 
 def grouped_matmul(

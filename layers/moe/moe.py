@@ -122,6 +122,16 @@ class MoEFunction(Function):
         x, w, up, down, gate = (jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
         return x, w, jnp.array([[0, 2], [2, 0], [2, 4], [3, 2], [4, 4]]), up, down, gate, ACTIVATIONS["silu"]
 
+    @staticmethod
+    def examples(key, dtype):
+        x, weights, indices, up, down, gate, activation = MoEFunction.example(key, dtype)
+        return {
+            "no gate": (x, weights, indices, up, down, None, activation),
+            "far out": (1e4 * x, weights, indices, up, down, gate, activation),
+            "no expert for any token": (x, weights, indices * 0 + 4, up, down, gate, activation),
+            "no tokens": (x[:0], weights[:0], indices[:0], up, down, gate, activation),
+        }
+
 
 def _product(x: Any, kernels: Any, to: Permutation, *, transposed: bool = False) -> jax.Array:
     return GroupedMatmulFunction.apply(x, kernels, to.sizes, block_for(len(x), len(kernels)), transposed)

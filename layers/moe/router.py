@@ -34,6 +34,11 @@ class RouterFunction(Function):
     def example(key, dtype):
         return tuple(jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key), ((5, 3), (3, 4)), strict=True))
 
+    @staticmethod
+    def examples(key, dtype):
+        x, kernel = RouterFunction.example(key, dtype)
+        return {"far out": (1e4 * x, kernel), "no tokens": (x[:0], kernel)}
+
 
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     dtype = wide(jnp.promote_types(x.dtype, y.dtype))

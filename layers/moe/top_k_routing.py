@@ -84,16 +84,36 @@ class TopKRoutingFunction(Function):
     @staticmethod
     def surrogate(logits, bias, mask, k, scores, normalize, capacity):
         s = jax.nn.softmax(logits) if scores == "softmax" else jax.nn.sigmoid(logits)
-        chosen = jnp.argsort(-(s + bias), stable=True)[:, :k]
+        kept = jnp.ones(len(logits)) if mask is None else mask.astype(s.dtype)
+        tokens = jnp.maximum(kept.sum(), 1)
+        chosen = jnp.argsort(-(s if bias is None else s + bias), stable=True)[:, :k]
         w = jnp.take_along_axis(s, chosen, 1)
-        p = s / s.sum(-1, keepdims=True)
-        shares = jnp.bincount(chosen.reshape(-1), length=s.shape[1]) / chosen.size
-        return w / w.sum(-1, keepdims=True), s.shape[1] * (shares * p.mean(0)).sum(), jnp.mean(jax.nn.logsumexp(logits, -1) ** 2)
+        w = w / w.sum(-1, keepdims=True) if normalize else w
+        here = jax.nn.one_hot(chosen, s.shape[1]) * kept[:, None, None]
+        if capacity is not None:  # of each expert the first choices of all tokens come first
+            before = jnp.cumsum(here.swapaxes(0, 1).reshape(-1, s.shape[1]), 0).reshape(k, *s.shape).swapaxes(0, 1)
+            w = jnp.where((before * here).sum(-1) <= capacity, w, 0)
+        p, shares = s / s.sum(-1, keepdims=True), here.sum((0, 1)) / (tokens * k)
+        balance = s.shape[1] * (shares * p * kept[:, None] / tokens).sum()
+        return w * kept[:, None], balance, (kept * jax.nn.logsumexp(logits, -1) ** 2).sum() / tokens
 
     @staticmethod
     def example(key, dtype):
         first, second = jax.random.split(key)
         return jax.random.normal(first, (7, 5), dtype), jax.random.normal(second, (5,), jnp.float32) / 9, None, 2, "sigmoid", True, None
+
+    @staticmethod
+    def examples(key, dtype):
+        logits, bias, _, k, *_ = TopKRoutingFunction.example(key, dtype)
+        mask = jnp.array([1, 0, 1, 1, 0, 1, 1], bool)
+        return {
+            "softmax": (logits, None, None, k, "softmax", False, None),
+            "far out": (1e4 * logits, None, None, k, "softmax", False, None),
+            "masked": (logits, bias, mask, k, "softmax", True, None),
+            "nothing but padding": (logits, bias, mask & False, k, "softmax", True, None),
+            "within a capacity": (logits, bias, None, k, "sigmoid", False, 2),
+            "no tokens": (logits[:0], bias, None, k, "sigmoid", True, None),
+        }
 
 
 def _kept(x: jax.Array, mask: jax.Array | None) -> jax.Array:

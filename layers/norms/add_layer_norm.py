@@ -58,6 +58,17 @@ class AddLayerNormFunction(Function):
         x, residual, scale, bias = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 4), shapes, strict=True))
         return x, residual, scale, bias, 1e-6
 
+    @staticmethod
+    def examples(key, dtype):
+        x, residual, scale, bias, epsilon = AddLayerNormFunction.example(key, dtype)
+        return {
+            "no scale": (x, residual, None, bias, epsilon),
+            "no bias": (x, residual, scale, None, epsilon),
+            "a sum of zeros": (x, -x, scale, bias, epsilon),
+            "far out": (1e4 * x, residual, scale, bias, epsilon),
+            "no rows": (x[:0], residual[:0], scale, bias, epsilon),
+        }
+
 
 def add_layer_norm(
     x: Float[Array, "*batch features"],

@@ -26,7 +26,7 @@ from layers.norms.statistics import ROWS, affine, by_root, factor, standardized
 
 class AddRMSNormFunction(Function):
     @staticmethod
-    def forward(ctx, x, residual, scale, epsilon, *, scale_offset=0.0):
+    def forward(ctx, x, residual, scale, epsilon, scale_offset=0.0):
         total = x + residual
         xw = total.astype(wide(total.dtype))
         root = ROWS.root(xw, ROWS.weight(xw, None), epsilon)
@@ -50,13 +50,24 @@ class AddRMSNormFunction(Function):
         else:
             (total, root), (dy, dsum) = barrier((total, root), (dy, dsum))
             d, dscale = grads(dy, dsum, total, root)
-        return d, d, dscale, None
+        return d, d, dscale, None, None
 
     @staticmethod
     def example(key, dtype):
         shapes = ((2, 3, 5), (2, 3, 5), (5,))
         x, residual, scale = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 3), shapes, strict=True))
         return x, residual, scale, 1e-6
+
+    @staticmethod
+    def examples(key, dtype):
+        x, residual, scale, epsilon = AddRMSNormFunction.example(key, dtype)
+        return {
+            "no scale": (x, residual, None, epsilon),
+            "an offset of the scale": (x, residual, scale, epsilon, 1.0),
+            "a sum of zeros": (x, -x, scale, epsilon),
+            "far out": (1e4 * x, residual, scale, epsilon),
+            "no rows": (x[:0], residual[:0], scale, epsilon),
+        }
 
 
 def add_rms_norm(

@@ -19,6 +19,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.module import first_from
 from jaxtyping import Array, Float
@@ -33,7 +34,7 @@ from layers.norms.statistics import Over, affine, as_computed, by_root, standard
 
 class BatchNormFunction(Function):
     @staticmethod
-    def forward(ctx, x, scale, bias, epsilon, *, mask=None, over=None, dtype=None):
+    def forward(ctx, x, scale, bias, epsilon, mask=None, over=None, dtype=None):
         over = over or Over(tuple(range(-x.ndim, -1)))
         xw = as_computed(x, dtype)
         mean, var, root = over.moments(xw, over.weight(xw, mask), epsilon)
@@ -51,12 +52,13 @@ class BatchNormFunction(Function):
         over = ctx.over
         dy, xhat = as_computed(dy, ctx.dtype), standardized(as_computed(x, ctx.dtype), mean, root, mask)
         dxhat = affine(dy - weighted(over.total(dy) + xhat * over.total(dy * xhat), over.weight(xhat, mask)), as_computed(scale, ctx.dtype), None)
-        return by_root(dxhat, root), statistics.sum_to(dy * xhat, scale), statistics.sum_to(dy, ctx.bias), None
+        return by_root(dxhat, root), statistics.sum_to(dy * xhat, scale), statistics.sum_to(dy, ctx.bias), None, None, None, None
 
     @staticmethod
-    def surrogate(x, scale, bias, epsilon):
-        axes = tuple(range(x.ndim - 1))
-        mean, var = x.mean(axes), x.var(axes)
+    def surrogate(x, scale, bias, epsilon, mask=None, over=None, dtype=None):
+        axes, scale, bias = tuple(range(x.ndim - 1)), 1 if scale is None else scale, 0 if bias is None else bias
+        where = None if mask is None else jnp.broadcast_to(mask, x.shape)
+        mean, var = x.mean(axes, where=where), x.var(axes, where=where)
         y = (x - mean) * jax.lax.rsqrt(var + epsilon) * scale + bias
         return y, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
 
@@ -65,6 +67,20 @@ class BatchNormFunction(Function):
         shapes = ((4, 3, 5), (5,), (5,))
         x, scale, bias = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 3), shapes, strict=True))
         return x, scale, bias, 1e-5
+
+    @staticmethod
+    def examples(key, dtype):
+        x, scale, bias, epsilon = BatchNormFunction.example(key, dtype)
+        mask = jnp.arange(12).reshape(4, 3, 1) % 5 > 0
+        return {
+            "no scale": (x, None, bias, epsilon),
+            "no bias": (x, scale, None, epsilon),
+            "equal numbers of a feature": (jnp.ones_like(x), scale, bias, epsilon),
+            "far out": (1e4 * x, scale, bias, epsilon),
+            "masked, over an axis of its own, computed in float64": (x, scale, bias, epsilon, mask, Over((-3, -2), fast=True), jnp.float64),
+            "one row": (x[:1, :1], scale, bias, epsilon),
+            "no rows": (x[:0], scale, bias, epsilon),
+        }
 
 
 def batch_norm(

@@ -34,7 +34,7 @@ from layers.norms.statistics import affine, as_computed, by_root, standard_facto
 
 class GroupNormFunction(Function):
     @staticmethod
-    def forward(ctx, x, scale, bias, num_groups, epsilon, *, mask=None, over=None, dtype=None):
+    def forward(ctx, x, scale, bias, num_groups, epsilon, mask=None, over=None, dtype=None):
         over = over or space_and_group(x.ndim)
         xw, scale_w, bias_w = (_grouped(as_computed(a, dtype), num_groups) for a in (x, scale, bias))
         mask_g = _grouped(mask, num_groups)
@@ -59,13 +59,26 @@ class GroupNormFunction(Function):
         weight = weight if isinstance(weight, float) else weight.reshape(x.shape)
         dx = by_root(affine(dy, scale_w, None) - weighted(spread(sum_dy) + (spread(sum_dy_xhat) * factor) * centred, weight), root)
         batch = tuple(range(x.ndim - 1))
-        return dx, None if scale is None else sum_dy_xhat.sum(batch), sum_dy.sum(batch) if ctx.has_bias else None, None, None
+        return dx, None if scale is None else sum_dy_xhat.sum(batch), sum_dy.sum(batch) if ctx.has_bias else None, None, None, None, None, None
 
     @staticmethod
     def example(key, dtype):
         shapes = ((2, 3, 6), (6,), (6,))
         x, scale, bias = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 3), shapes, strict=True))
         return x, scale, bias, 2, 1e-6
+
+    @staticmethod
+    def examples(key, dtype):
+        x, scale, bias, *rest = GroupNormFunction.example(key, dtype)
+        mask = jnp.arange(36).reshape(x.shape) % 4 > 0
+        return {
+            "no scale": (x, None, bias, *rest),
+            "no bias": (x, scale, None, *rest),
+            "equal numbers in a group": (jnp.ones_like(x), scale, bias, *rest),
+            "far out": (1e4 * x, scale, bias, *rest),
+            "masked, computed in float64": (x, scale, bias, *rest, mask, replace(space_and_group(x.ndim), fast=True), jnp.float64),
+            "no rows": (x[:0], scale, bias, *rest),
+        }
 
 
 def group_norm(

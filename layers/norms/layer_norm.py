@@ -17,6 +17,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -24,12 +25,12 @@ from layers.core.constants import refuse_gradient
 from layers.core.recompute import barrier
 from layers.function.function import Function
 from layers.norms import arguments, statistics
-from layers.norms.statistics import ROWS, affine, as_computed, by_root, standardized, weighted
+from layers.norms.statistics import ROWS, Over, affine, as_computed, by_root, standardized, weighted
 
 
 class LayerNormFunction(Function):
     @staticmethod
-    def forward(ctx, x, scale, bias, epsilon, *, mask=None, over=ROWS, dtype=None):
+    def forward(ctx, x, scale, bias, epsilon, mask=None, over=ROWS, dtype=None):
         xw = as_computed(x, dtype)
         mean, _, root = over.moments(xw, over.weight(xw, mask), epsilon)
         ctx.save_for_backward(x, scale, mask, mean, root)
@@ -52,13 +53,26 @@ class LayerNormFunction(Function):
         else:
             (x, mean, root), dy = barrier((x, mean, root), dy)
             dx, (dscale, dbias) = grads(dy, x, mean, root)
-        return dx, dscale, dbias, None
+        return dx, dscale, dbias, None, None, None, None
 
     @staticmethod
     def example(key, dtype):
         shapes = ((2, 3, 5), (5,), (5,))
         x, scale, bias = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 3), shapes, strict=True))
         return x, scale, bias, 1e-6
+
+    @staticmethod
+    def examples(key, dtype):
+        x, scale, bias, epsilon = LayerNormFunction.example(key, dtype)
+        mask = jnp.arange(30).reshape(x.shape) % 4 > 0
+        return {
+            "no scale": (x, None, bias, epsilon),
+            "no bias": (x, scale, None, epsilon),
+            "equal numbers in a row": (jnp.ones_like(x), scale, bias, epsilon),
+            "far out": (1e4 * x, scale, bias, epsilon),
+            "masked, over other axes, computed in float64": (x, scale, bias, epsilon, mask, Over((-2, -1), fast=True), jnp.float64),
+            "no rows": (x[:0], scale, bias, epsilon),
+        }
 
 
 def layer_norm(

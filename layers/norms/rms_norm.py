@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -24,12 +25,12 @@ from layers.core.constants import refuse_gradient
 from layers.core.recompute import barrier
 from layers.function.function import Function
 from layers.norms import arguments, statistics
-from layers.norms.statistics import ROWS, affine, as_computed, by_root, factor, standard_factors, standardized, weighted
+from layers.norms.statistics import ROWS, Over, affine, as_computed, by_root, factor, standard_factors, standardized, weighted
 
 
 class RMSNormFunction(Function):
     @staticmethod
-    def forward(ctx, x, scale, epsilon, *, scale_offset=0.0, mask=None, over=ROWS, dtype=None):
+    def forward(ctx, x, scale, epsilon, scale_offset=0.0, mask=None, over=ROWS, dtype=None):
         xw = as_computed(x, dtype)
         root = over.root(xw, over.weight(xw, mask), epsilon)
         ctx.save_for_backward(x, scale, mask, root)
@@ -52,7 +53,7 @@ class RMSNormFunction(Function):
         else:
             (x, root), dy = barrier((x, root), dy)
             dx, dscale = grads(dy, x, root)
-        return dx, dscale, None
+        return dx, dscale, None, None, None, None, None
 
     @staticmethod
     def example(key, dtype):
@@ -61,12 +62,15 @@ class RMSNormFunction(Function):
 
     @staticmethod
     def examples(key, dtype):
-        x = jax.random.normal(key, (3, 5), dtype)
+        x, scale, epsilon = RMSNormFunction.example(key, dtype)
+        mask = jnp.arange(30).reshape(x.shape) % 4 > 0
         return {
-            "no scale": (x, None, 1e-6),
-            "rows of zeros": (x.at[1].set(0), None, 1e-6),
-            "far out": (1e4 * x, None, 1e-6),
-            "no rows": (x[:0], None, 1e-6),
+            "no scale": (x, None, epsilon),
+            "an offset of the scale": (x, scale, epsilon, 1.0),
+            "a row of zeros": (x.at[1, 1].set(0), scale, epsilon),
+            "far out": (1e4 * x, scale, epsilon),
+            "masked, over other axes, computed in float64": (x, scale, epsilon, 0.0, mask, Over((-2, -1), fast=True), jnp.float64),
+            "no rows": (x[:0], scale, epsilon),
         }
 
 

@@ -39,6 +39,11 @@ class BinarizeFunction(Function):
     def example(key, dtype):
         return (2 * jax.random.normal(key, (3, 5), dtype),)
 
+    @staticmethod
+    def examples(key, dtype):
+        (x,) = BinarizeFunction.example(key, dtype)
+        return {"infinite": (jnp.array([jnp.inf, -jnp.inf, 0], dtype),), "far out": (1e4 * x,), "empty": (x[:0],)}
+
 
 def binarize(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The sign of `x`, 1 at 0 and NaN for NaN; the gradient goes straight through where |x| <= 1 and is 0 elsewhere.

@@ -39,7 +39,7 @@ def _quotient(x: jax.Array, step: jax.Array) -> jax.Array:
 
 class FakeQuantizeFunction(Function):
     @staticmethod
-    def forward(ctx, x, step, bits, signed, *, absmax=False):
+    def forward(ctx, x, step, bits, signed, absmax=False):
         ctx.save_for_backward(x, step)
         ctx.levels = low, high = _levels(bits, signed)
         ctx.absmax = absmax
@@ -54,23 +54,34 @@ class FakeQuantizeFunction(Function):
         inside = u >= low if ctx.absmax else (u > low) & (u < high)
         dx = jnp.where(inside, dy, 0)
         if not ctx.needs_input_grad[1]:
-            return dx, None, None, None
+            return dx, None, None, None, None
         q = jnp.round(jnp.clip(u, low, high))
         g = 1 / jnp.sqrt(jnp.asarray(x.size // step.size, u.dtype) * high)
-        return dx, g * dy.astype(u.dtype) * (q - jnp.where(inside, u, 0)), None, None
+        return dx, g * dy.astype(u.dtype) * (q - jnp.where(inside, u, 0)), None, None, None
 
     @staticmethod
-    def surrogate(x, step, bits, signed):
+    def surrogate(x, step, bits, signed, absmax=False):
         low, high = _levels(bits, signed)
         hold = jax.lax.stop_gradient
         u = hold(x / step)
-        inside = (u > low) & (u < high)
+        inside = u >= low if absmax else (u > low) & (u < high)
         slope = hold(jnp.round(jnp.clip(u, low, high)) - jnp.where(inside, u, 0))
         return jnp.where(inside, x, 0) + slope * step / (x.size // step.size * high) ** 0.5
 
     @staticmethod
     def example(key, dtype):
         return 2 * jax.random.normal(key, (3, 5), dtype), jnp.asarray([[0.3], [0.2], [0.5]], dtype), 4, True
+
+    @staticmethod
+    def examples(key, dtype):
+        x, step, bits, _ = FakeQuantizeFunction.example(key, dtype)
+        return {
+            "not signed": (x, step, bits, False),
+            "steps of the largest": (x, step, bits, True, True),
+            "far out": (1e4 * x, step, bits, True),
+            "infinite": (jnp.array([[jnp.inf, -jnp.inf, 1.0]], dtype), step[:1], bits, True),
+            "no rows": (x[:0], step[:1], bits, True),
+        }
 
 
 def fake_quantize(

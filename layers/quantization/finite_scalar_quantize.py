@@ -64,6 +64,16 @@ class FiniteScalarQuantizeFunction(Function):
     def example(key, dtype):
         return 2 * jax.random.normal(key, (4, 3), dtype), (8, 5, 3)
 
+    @staticmethod
+    def examples(key, dtype):
+        x, levels = FiniteScalarQuantizeFunction.example(key, dtype)
+        return {
+            "two levels": (x, (2, 4, 6)),
+            "far out": (1e4 * x, levels),
+            "infinite": (x.at[0].set(jnp.inf), levels),
+            "no rows": (x[:0], levels),
+        }
+
 
 def finite_scalar_quantize(x: Float[Array, "*batch channels"], levels: Sequence[int]) -> tuple[Float[Array, "*batch channels"], Int[Array, "*batch"]]:
     """Bounds each channel and rounds it to one of its levels, in [-1, 1]; the gradient goes straight through the rounding.

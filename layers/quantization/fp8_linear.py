@@ -67,15 +67,25 @@ class Fp8LinearFunction(Function):
     @staticmethod
     def surrogate(x, kernel, bias, scaling, rounding):
         def narrowed(a, axis):
-            step = jnp.abs(a).max(axis if scaling == "channel" else None, keepdims=True).astype(jnp.float32) / 448
+            step = jnp.maximum(jnp.abs(a).max(axis if scaling == "channel" else None, keepdims=True).astype(jnp.float32) / 448, 1e-30)
             return a + lax.stop_gradient((a / step).astype(jnp.float8_e4m3fn).astype(a.dtype) * step - a)
 
-        return matmul(narrowed(x, 1), narrowed(kernel, 0)) + bias
+        return matmul(narrowed(x, 1), narrowed(kernel, 0)) + (0 if bias is None else bias)
 
     @staticmethod
     def example(key, dtype):
         shapes = ((5, 3), (3, 4), (4,))
         return (*(jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 3), shapes, strict=True)), "channel", "none")
+
+    @staticmethod
+    def examples(key, dtype):
+        x, kernel, bias, _, rounding = Fp8LinearFunction.example(key, dtype)
+        return {
+            "no bias": (x, kernel, None, "tensor", rounding),
+            "far out": (1e4 * x, kernel, None, "tensor", rounding),
+            "a row of zeros": (x.at[0].set(0), kernel, bias, "channel", rounding),
+            "no rows": (x[:0], kernel, bias, "tensor", rounding),
+        }
 
 
 def _narrow(a: jax.Array, to: Format, axis: int, scaling: str) -> tuple[jax.Array, jax.Array]:

@@ -78,15 +78,25 @@ class Int8LinearFunction(Function):
     @staticmethod
     def surrogate(x, kernel, bias, key, rounding):
         def dequantised(a, axis):
-            step = jnp.abs(a).max(axis, keepdims=True).astype(jnp.float32) / 127
+            step = jnp.maximum(jnp.abs(a).max(axis, keepdims=True).astype(jnp.float32) / 127, 1e-30)
             return a + lax.stop_gradient(jnp.round(a / step) * step - a)
 
-        return dequantised(x, 1) @ dequantised(kernel, 0) + bias
+        return dequantised(x, 1) @ dequantised(kernel, 0) + (0 if bias is None else bias)
 
     @staticmethod
     def example(key, dtype):
         shapes = ((5, 3), (3, 4), (4,))
         return (*(jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 3), shapes, strict=True)), None, "none")
+
+    @staticmethod
+    def examples(key, dtype):
+        x, kernel, bias, _, rounding = Int8LinearFunction.example(key, dtype)
+        return {
+            "no bias": (x, kernel, None, None, rounding),
+            "far out": (1e4 * x, kernel, None, None, rounding),
+            "a row of zeros": (x.at[0].set(0), kernel, bias, None, rounding),
+            "no rows": (x[:0], kernel, bias, None, rounding),
+        }
 
 
 def _quantized(a: jax.Array, axis: int, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

@@ -76,19 +76,33 @@ class ResidualVectorQuantizeFunction(Function):
         return dx, tuple(dcodebooks) or None, None, None
 
     @staticmethod
-    def surrogate(x, codebooks, gradient):
+    def surrogate(x, codebooks, gradient, mask=None):
         hold, rest, losses = lax.stop_gradient, x, []
+        kept = (jnp.ones(len(x), bool) if mask is None else mask)[:, None]
+        mean = lambda d: jnp.where(kept, d**2, 0).sum() / jnp.maximum(kept.sum() * x.shape[1], 1)
         for codebook in codebooks:
             q = codebook[jnp.argmin(jnp.square(rest[:, None] - codebook).sum(-1), -1)]
-            losses.append((jnp.mean((hold(rest) - q) ** 2), jnp.mean((rest - hold(q)) ** 2)))
+            losses.append((mean(hold(rest) - q), mean(rest - hold(q))))
             rest = rest - hold(q)
-        return x, jnp.stack([a for a, _ in losses]), jnp.stack([b for _, b in losses])
+        return jnp.where(kept, x, 0), jnp.stack([a for a, _ in losses]), jnp.stack([b for _, b in losses])
 
     @staticmethod
     def example(key, dtype):
         keys = jax.random.split(key, 3)
         x, *codebooks = (jax.random.normal(k, s, dtype) for k, s in zip(keys, ((7, 3), (5, 3), (4, 3)), strict=True))
         return x, tuple(codebooks), "straight_through"
+
+    @staticmethod
+    def examples(key, dtype):
+        x, codebooks, _ = ResidualVectorQuantizeFunction.example(key, dtype)
+        mask = jnp.arange(7) % 3 > 0
+        return {
+            "far out": (1e4 * x, codebooks, "straight_through"),
+            "padding": (x, codebooks, "straight_through", mask),
+            "padding of NaN": (x.at[0].set(jnp.nan), codebooks, "rotation", mask),
+            "nothing but padding": (x, codebooks, "straight_through", mask & False),
+            "no vectors": (x[:0], codebooks, "straight_through"),
+        }
 
 
 def _kept(a: jax.Array, indices: jax.Array, masked: bool) -> jax.Array:

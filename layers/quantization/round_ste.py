@@ -34,6 +34,11 @@ class RoundSteFunction(Function):
     def example(key, dtype):
         return (3 * jax.random.normal(key, (3, 4), dtype),)
 
+    @staticmethod
+    def examples(key, dtype):
+        (x,) = RoundSteFunction.example(key, dtype)
+        return {"infinite": (jnp.array([jnp.inf, -jnp.inf, 0], dtype),), "far out": (1e4 * x,), "empty": (x[:0],)}
+
 
 def round_ste(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Rounds to the nearest integer, ties to even; the gradient goes straight through.

@@ -45,6 +45,17 @@ class TernarizeFunction(Function):
     def example(key, dtype):
         return jax.random.normal(key, (3, 5), dtype), 0.7, (0,)
 
+    @staticmethod
+    def examples(key, dtype):
+        x, threshold, axes = TernarizeFunction.example(key, dtype)
+        return {
+            "all numbers by one scale": (x, threshold, (0, 1)),
+            "far out": (1e4 * x, threshold, axes),
+            "zeros": (0 * x, threshold, axes),
+            "infinite": (x.at[0].set(jnp.inf), threshold, axes),
+            "empty": (x[:0], threshold, axes),
+        }
+
 
 def ternarize(x: Float[Array, "*shape"], *, threshold: float | jax.Array = 0.7, axis: int | None = None) -> Float[Array, "*shape"]:
     """Maps every entry to -a, 0 or a; the gradient goes straight through.

@@ -88,8 +88,9 @@ class VectorQuantizeFunction(Function):
         return dx, dcodebook, None, None
 
     @staticmethod
-    def surrogate(x, codebook, gradient):
+    def surrogate(x, codebook, gradient, mask=None):
         hold = lax.stop_gradient
+        kept = (jnp.ones(len(x), bool) if mask is None else mask)[:, None]
         q = codebook[jnp.argmin(jnp.square(x[:, None] - codebook).sum(-1), -1)]
         if gradient == "straight_through":
             y = x
@@ -98,7 +99,8 @@ class VectorQuantizeFunction(Function):
             u, v = hold(x / length), hold(q / size)
             r = (u + v) / jnp.linalg.norm(u + v, axis=-1, keepdims=True)
             y = hold(size / length) * (x - 2 * r * (r * x).sum(-1, keepdims=True) + 2 * v * (u * x).sum(-1, keepdims=True))
-        return y, jnp.mean((hold(x) - q) ** 2), jnp.mean((x - hold(q)) ** 2)
+        losses = [jnp.where(kept, d**2, 0).sum() / jnp.maximum(kept.sum() * x.shape[1], 1) for d in (hold(x) - q, x - hold(q))]
+        return jnp.where(kept, y, 0), *losses
 
     @staticmethod
     def example(key, dtype):
@@ -108,7 +110,15 @@ class VectorQuantizeFunction(Function):
     @staticmethod
     def examples(key, dtype):
         x, codebook, _ = VectorQuantizeFunction.example(key, dtype)
-        return {"straight through": (x, codebook, "straight_through")}
+        mask = jnp.arange(7) % 3 > 0
+        return {
+            "straight through": (x, codebook, "straight_through"),
+            "far out": (1e4 * x, codebook, "straight_through"),
+            "padding": (x, codebook, "rotation", mask),
+            "padding of NaN": (x.at[0].set(jnp.nan), codebook, "rotation", mask),
+            "nothing but padding": (x, codebook, "rotation", mask & False),
+            "no vectors": (x[:0], codebook, "straight_through"),
+        }
 
 
 def _pairs(x: jax.Array, codebook: jax.Array, indices: jax.Array, masked: bool) -> tuple[jax.Array, jax.Array]:

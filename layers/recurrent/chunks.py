@@ -108,7 +108,7 @@ def first_state(initial: Any, k: jax.Array, v: jax.Array) -> jax.Array:
     """The state before the first step, (batch, heads, features of k, features of v): zeros where none is given."""
     dtype = wide(k.dtype)
     batch, _, heads, features = k.shape
-    return sharded_as(jnp.zeros((batch, heads, features, v.shape[3]), dtype), k[:, 0]) if initial is None else initial.astype(dtype)
+    return sharded_as(jnp.zeros((batch, heads, features, v.shape[3]), dtype), k.sum(1)) if initial is None else initial.astype(dtype)
 
 
 def over_chunks(step: Callable[..., tuple[Any, Any]], state: jax.Array, xs: Any) -> tuple[Any, Any]:

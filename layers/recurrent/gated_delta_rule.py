@@ -73,6 +73,16 @@ class GatedDeltaRuleFunction(Function):
         q, k, v, g, beta, initial = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 6), shapes, strict=True))
         return q, k, v, -jnp.abs(g), jax.nn.sigmoid(beta), initial, jnp.array([[0, 0, 1, 1, 1]]), 0.7, Chunks(4, 4)
 
+    @staticmethod
+    def examples(key, dtype):
+        q, k, v, g, beta, _, _, scale, chunks = GatedDeltaRuleFunction.example(key, dtype)
+        return {
+            "plain": (q, k, v, g, beta, None, None, scale, chunks),
+            "forgets at once": (q, k, v, 1e4 * g, beta, None, None, scale, chunks),
+            "writes nothing": (q, k, v, g, 0 * beta, None, None, scale, chunks),
+            "no steps": (q[:, :0], k[:, :0], v[:, :0], g[:, :0], beta[:, :0], None, None, scale, chunks),
+        }
+
 
 def _forward(rows: Rows, initial: Any, runs: Any, scale: float, chunks: Chunks) -> tuple[jax.Array, jax.Array, Any]:
     """The output, the last state, and what backward needs of the states at the start of each span."""

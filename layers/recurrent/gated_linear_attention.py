@@ -68,6 +68,16 @@ class GatedLinearAttentionFunction(Function):
         q, k, v, g, initial = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 5), shapes, strict=True))
         return q, k, v, -jnp.abs(g), initial, jnp.array([[0, 0, 1, 1, 2]]), 0.7, Chunks(2, 2)
 
+    @staticmethod
+    def examples(key, dtype):
+        q, k, v, g, _, _, scale, chunks = GatedLinearAttentionFunction.example(key, dtype)
+        return {
+            "plain": (q, k, v, g, None, None, scale, chunks),
+            "forgets at once": (q, k, v, 1e4 * g, None, None, scale, chunks),
+            "forgets nothing": (q, k, v, 0 * g, None, None, scale, chunks),
+            "no steps": (q[:, :0], k[:, :0], v[:, :0], g[:, :0], None, None, scale, chunks),
+        }
+
 
 def _forward(rows: Rows, initial: Any, runs: Any, scale: float, chunks: Chunks) -> tuple[jax.Array, jax.Array, Any]:
     """The output, the last state, and what backward needs of the states at the start of each span."""

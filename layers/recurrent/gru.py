@@ -20,6 +20,7 @@ Reference: Cho et al., "Learning Phrase Representations using RNN Encoder-Decode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -59,6 +60,19 @@ class GRUFunction(Function):
         shapes = (2, 4, 3), (3, 6), (2, 6), (6,), (6,), (2, 2)
         arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 6), shapes, strict=True)]
         return *arrays, jnp.array([4, 3]), jnp.array([[[0], [1], [0], [0]]] * 2, bool), Plan(steps=2, reverse=True)
+
+    @staticmethod
+    def examples(key, dtype):
+        x, input_kernel, recurrent_kernel, bias, recurrent_bias, h, _, resets, _ = GRUFunction.example(key, dtype)
+        arrays, gates = (input_kernel, recurrent_kernel, bias), Plan(save="gates", steps=3)
+        turned = replace(gates, time_major=True)
+        return {
+            "gates kept, no lengths, no recurrent bias": (x, *arrays, None, h, None, None, gates),
+            "far out": (1e4 * x, *arrays, None, h, None, None, gates),
+            "time first": (x.swapaxes(0, 1), *arrays, recurrent_bias, h, jnp.array([2, 0]), resets.swapaxes(0, 1), turned),
+            "one step": (x[:, :1], *arrays, None, h, None, None, gates),
+            "no steps": (x[:, :0], *arrays, None, h, None, None, gates),
+        }
 
 
 @partial(jit, static_argnames="plan")

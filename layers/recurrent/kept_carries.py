@@ -121,6 +121,15 @@ class CheckpointedScanFunction(Function):
 
         return Body(call, 1, 2), True, w, c, jnp.zeros((), jnp.int32), xs
 
+    @staticmethod
+    def examples(key, dtype):
+        body, _, w, c, count, xs = CheckpointedScanFunction.example(key, dtype)
+        return {
+            "in order": (body, False, w, c, count, xs),
+            "no steps": (body, True, w, c, count, xs[:0]),
+            "zeros": (body, True, w, 0 * c, count, 0 * xs),
+        }
+
 
 def _fill(arrays: Sequence[Any], differentiated: Sequence[bool], moved: Sequence[Any]) -> list[Any]:
     """`arrays` with `moved` in the places that move."""

@@ -48,6 +48,16 @@ class LinearRecurrenceFunction(Function):
         a, b, initial = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 3), ((5, 3), (5, 3), (3,)), strict=True))
         return 0.5 * a, b, initial, jnp.array([False, False, True, False, True])[:, None]
 
+    @staticmethod
+    def examples(key, dtype):
+        a, b, initial, resets = LinearRecurrenceFunction.example(key, dtype)
+        return {
+            "no resets": (a, b, initial, None),
+            "far out": (a, 1e4 * b, initial, None),
+            "forgets all": (0 * a, b, initial, resets),
+            "one step": (a[:1], b[:1], initial, resets[:1]),
+        }
+
 
 def linear_recurrence(
     a: Inexact[Array, "*shape"],

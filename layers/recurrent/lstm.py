@@ -22,6 +22,7 @@ Reference: Hochreiter and Schmidhuber, "Long Short-Term Memory", 1997; Gers et a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -61,6 +62,19 @@ class LSTMFunction(Function):
         shapes = (2, 4, 3), (3, 8), (2, 8), (8,), (2, 2), (2, 2)
         arrays = [jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 6), shapes, strict=True)]
         return *arrays, jnp.array([4, 3]), jnp.array([[[0], [1], [0], [0]]] * 2, bool), Plan(steps=2, reverse=True)
+
+    @staticmethod
+    def examples(key, dtype):
+        x, input_kernel, recurrent_kernel, bias, c, h, _, resets, _ = LSTMFunction.example(key, dtype)
+        arrays, gates = (input_kernel, recurrent_kernel, bias, c, h), Plan(save="gates", steps=3)
+        turned = replace(gates, time_major=True)
+        return {
+            "gates kept, no lengths": (x, *arrays, None, None, gates),
+            "far out": (1e4 * x, *arrays, None, None, gates),
+            "time first": (x.swapaxes(0, 1), *arrays, jnp.array([2, 0]), resets.swapaxes(0, 1), turned),
+            "one step": (x[:, :1], *arrays, None, None, gates),
+            "no steps": (x[:, :0], *arrays, None, None, gates),
+        }
 
 
 @partial(jit, static_argnames="plan")

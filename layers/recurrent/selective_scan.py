@@ -132,6 +132,18 @@ class SelectiveScanFunction(Function):
         u, delta, a, b, c, d, z, bias, initial = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 9), shapes, strict=True))
         return u, delta, -jnp.exp(a), b, c, d, z, bias, initial, jnp.array([[False, True, False]]), True, 2
 
+    @staticmethod
+    def examples(key, dtype):
+        u, delta, a, b, c, *_ = SelectiveScanFunction.example(key, dtype)
+        rest = None, None, None, None, None, False, 2
+        return {
+            "plain": (u, jnp.abs(delta), a, b, c, *rest),
+            "forgets at once": (u, jnp.abs(delta), 1e4 * a, b, c, *rest),
+            "forgets nothing": (u, 0 * delta, a, b, c, *rest),
+            "an infinite rate": (u, jnp.abs(delta), a.at[0, 0].set(-jnp.inf), b, c, *rest),
+            "no steps": (u[:, :0], delta[:, :0], a, b[:, :0], c[:, :0], *rest),
+        }
+
 
 def _parameters(x: Inputs) -> tuple[jax.Array, Any]:
     """A as (state, features), the least finite number for -inf, and D or 0."""

@@ -83,6 +83,17 @@ class ShortConvolutionFunction(Function):
         arrays = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 4), shapes, strict=True))
         return *arrays, jnp.array([[0, 0, 0, 1, 1]]), "silu", 2
 
+    @staticmethod
+    def examples(key, dtype):
+        x, kernel, bias, initial, runs, activation, chunk = ShortConvolutionFunction.example(key, dtype)
+        return {
+            "plain": (x, kernel, None, None, None, None, chunk),
+            "far out": (1e4 * x, kernel, None, None, None, None, chunk),
+            "no activation": (x, kernel, bias, initial, runs, None, chunk),
+            "shorter than the kernel": (x[:, :1], kernel, bias, initial, runs[:, :1], activation, chunk),
+            "no steps": (x[:, :0], kernel, bias, initial, None, activation, chunk),
+        }
+
 
 def _window(x: jax.Array, initial: Any, runs: Any, start: Any, size: int, width: int) -> tuple[jax.Array, list[Any]]:
     """Some steps and those before them, (batch, width - 1 + size, features), wide; for each weight whether the step that it multiplies is of the

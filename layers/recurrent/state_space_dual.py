@@ -85,6 +85,17 @@ class StateSpaceDualFunction(Function):
         x, dt, a, b, c, d, z, bias, initial = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 9), shapes, strict=True))
         return x, dt, -jnp.exp(a), b, c, d, z, bias, initial, jnp.array([[0, 1, 1]]), True, Chunks(2, 2)
 
+    @staticmethod
+    def examples(key, dtype):
+        x, dt, a, b, c, *_ = StateSpaceDualFunction.example(key, dtype)
+        rest = None, None, None, None, None, False, Chunks(2, 2)
+        return {
+            "plain": (x, jnp.abs(dt), a, b, c, *rest),
+            "forgets at once": (x, jnp.abs(dt), 1e4 * a, b, c, *rest),
+            "forgets nothing": (x, 0 * dt, a, b, c, *rest),
+            "no steps": (x[:, :0], dt[:, :0], a, b[:, :0], c[:, :0], *rest),
+        }
+
 
 def _parts(x: Inputs) -> tuple[Any, Any]:
     """What all steps share, wide, and what each has of its own."""
@@ -96,7 +107,7 @@ def _first_state(x: Inputs) -> jax.Array:
     """(batch, heads, state, head_dim), zeros where none is given."""
     batch, _, heads, size = x.x.shape
     dtype, shape = wide(x.x.dtype), (batch, heads, x.b.shape[3], size)
-    return sharded_as(jnp.zeros(shape, dtype), x.x[:, 0]) if x.initial is None else jnp.swapaxes(x.initial, 2, 3).astype(dtype)
+    return sharded_as(jnp.zeros(shape, dtype), x.x.sum(1)) if x.initial is None else jnp.swapaxes(x.initial, 2, 3).astype(dtype)
 
 
 def _forward(x: Inputs, runs: Any, softplus: bool, chunks: Chunks) -> tuple[jax.Array, jax.Array, Any]:

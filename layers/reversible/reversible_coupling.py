@@ -80,6 +80,17 @@ class ReversibleCouplingFunction(Function):
         x1, x2, w, state, v = (jax.random.normal(k, s, dtype) for k, s in zip(jax.random.split(key, 5), shapes, strict=True))
         return chain, x1, x2, w, state, v
 
+    @staticmethod
+    def examples(key, dtype):
+        chain, x1, x2, *arrays = ReversibleCouplingFunction.example(key, dtype)
+        (f, g), flat = chain.couplings[0], [a[0] if a.ndim == 2 else a for a in arrays]
+        unrolled = Chain(((f, g), (replace(f, indices=(0, 3)), g)), Streams())  # each with state of its own
+        return {
+            "unrolled": (unrolled, x1, x2, *flat, 2 * flat[1]),
+            "zeros": (chain, 0 * x1, 0 * x2, *arrays),
+            "in fixed point": (replace(chain, streams=Streams(exact=True)), x1, x2, *arrays),
+        }
+
 
 def reversible_coupling(
     f: Callable[..., Any] | Sequence[Callable[..., Any]],

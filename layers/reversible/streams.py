@@ -109,6 +109,11 @@ class ReadFunction(Function):
         bits = jax.random.randint(key, (3, 4), -1000, 1000)
         return bits.astype(dtype) / 256, bits, jnp.asarray(2.0**-8, dtype)
 
+    @staticmethod
+    def examples(key, dtype):
+        smooth, bits, step = ReadFunction.example(key, dtype)
+        return {"far out": (1e4 * smooth, bits, step), "empty": (smooth[:0], bits[:0], step)}
+
 
 def _fixed_point(x: jax.Array, exponent: jax.Array) -> FixedPoint:
     """`x` with the step with which the integers reach 2^exponent, or with the least that is not subnormal."""

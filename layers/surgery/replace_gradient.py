@@ -44,6 +44,11 @@ class ReplaceGradientFunction(Function):
     def example(key, dtype):
         return jnp.sign, jnp.tanh, jax.tree.structure(((0,), {})), jax.random.normal(key, (3, 4), dtype)
 
+    @staticmethod
+    def examples(key, dtype):
+        *how, x = ReplaceGradientFunction.example(key, dtype)
+        return {"infinite": (*how, x.at[0].set(jnp.inf)), "far out": (*how, 1e4 * x), "empty": (*how, x[:0])}
+
 
 def _call(fn: Callable[..., Any], tree: Any, leaves: Sequence[Any], arrays: dict[int, Any] | None = None) -> Any:
     """`fn` of the arguments with these leaves, some of which `arrays` takes the place of."""

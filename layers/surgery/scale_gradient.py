@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from layers.core import checks
 from layers.core.trees import map_floating
@@ -34,6 +35,11 @@ class ScaleGradientFunction(Function):
     @staticmethod
     def example(key, dtype):
         return jax.random.normal(key, (3, 4), dtype), 0.25
+
+    @staticmethod
+    def examples(key, dtype):
+        x, scale = ScaleGradientFunction.example(key, dtype)
+        return {"by 0": (x, 0.0), "infinite": (x.at[0].set(jnp.inf), scale), "far out": (1e4 * x, scale), "empty": (x[:0], scale)}
 
 
 def scale_gradient(x: Any, scale: float | jax.Array) -> Any:

@@ -40,6 +40,11 @@ class StraightThroughFunction(Function):
         x = 3 * jax.random.normal(key, (3, 4), dtype)
         return x, jnp.round(x)
 
+    @staticmethod
+    def examples(key, dtype):
+        x, y = StraightThroughFunction.example(key, dtype)
+        return {"infinite": (x.at[0].set(jnp.inf), -y), "far out": (1e4 * x, y), "empty": (x[:0], y[:0])}
+
 
 def straight_through(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A function with the values of `fn` and the gradient of the identity.

@@ -101,8 +101,8 @@ def test_right_rule_passes_with_all_its_examples():
     report = layers.check(option(None))
     assert report
     assert {r.clause: r.detail for r in report.rows if r.clause.startswith("example")} == {
-        "example: sum": "as finite differences, and as differences of the gradient",
-        "example: mean": "as finite differences, and as differences of the gradient",
+        "example: sum": "as finite differences, and its derivative is right",
+        "example: mean": "as finite differences, and its derivative is right",
         "example: no rows": "no NaN",
     }
 

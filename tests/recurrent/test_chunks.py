@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import layers
@@ -37,3 +38,18 @@ def test_spans_are_as_few_as_the_budget_allows_and_about_equal(monkeypatch):
         assert Chunks.of(16, 0, step_bytes=1 << 12) == Chunks(16, 16)
     with layers.compiling_for("cpu"):
         assert Chunks.of(16, 1000, step_bytes=1) == Chunks(16, 16)
+
+
+EMPTY = {
+    "gated_linear_attention": (layers.gated_linear_attention, ((1, 0, 1, 2), (1, 0, 1, 2), (1, 0, 1, 3), (1, 0, 1, 2))),
+    "gated_delta_rule": (layers.gated_delta_rule, ((1, 0, 1, 2), (1, 0, 1, 2), (1, 0, 1, 3), (1, 0, 1), (1, 0, 1))),
+    "state_space_dual": (layers.state_space_dual, ((1, 0, 2, 3), (1, 0, 2), (2,), (1, 0, 1, 2), (1, 0, 1, 2))),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_sequence_without_steps_gives_no_output_and_zeros_for_what_all_steps_share(name):
+    fn, shapes = EMPTY[name]
+    grads = jax.jit(jax.grad(lambda *x: fn(*x).sum(), tuple(range(len(shapes)))))(*[-np.ones(s, np.float32) for s in shapes])
+    assert [g.shape for g in grads] == list(shapes)
+    assert all((np.asarray(g) == 0).all() for g in grads)
