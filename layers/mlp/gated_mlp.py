@@ -80,7 +80,7 @@ class GatedMLPFunction(Function):
     @staticmethod
     def examples(key, dtype):
         x, gate, up, down, *biases, scale, _ = GatedMLPFunction.example(key, dtype)
-        none, plain = (None, None, None, None), Plan(HIDDEN["silu"], keep=False)
+        none, plain = (None, None, None, None), Plan(Gated(SILU), keep=False)
         words = jnp.array([1, 2], jnp.uint32)
         return {
             "plain": (x, gate, up, down, *none, plain),

@@ -72,7 +72,7 @@ class MLPFunction(Function):
     @staticmethod
     def examples(key, dtype):
         x, up, down, up_bias, down_bias, scale, _ = MLPFunction.example(key, dtype)
-        plain = Plan(HIDDEN["gelu"], keep=True)
+        plain = Plan(Plain(GELU), keep=True)
         return {
             "plain": (x, up, down, None, None, None, plain),
             "far out": (1e4 * x, up, down, None, None, None, plain),
