@@ -22,7 +22,7 @@ from layers.core import checks
 from layers.implicit.krylov import CG
 from layers.implicit.linear import LinearSystem
 from layers.implicit.minimizers import LBFGS, NewtonCG
-from layers.implicit.options import read
+from layers.implicit.options import Choices, read
 from layers.implicit.rule import Convergence, Equation, ImplicitFunction
 from layers.implicit.solvers import Iteration
 from layers.implicit.traced import trace_scalar
@@ -101,22 +101,9 @@ def argmin(
 
     Reference: Blondel et al., "Efficient and Modular Implicit Differentiation", 2022.
     """
-    options = read(
-        "argmin",
-        SOLVERS,
-        solver=solver,
-        tol=tol,
-        max_steps=max_steps,
-        backward=backward,
-        backward_tol=backward_tol,
-        backward_steps=backward_steps,
-        throw=throw,
-    )
+    options = read("argmin", SOLVERS, Choices(solver, tol, max_steps, backward, backward_tol, backward_steps, throw))
     traced = trace_scalar("argmin", checks.function("argmin", "f", f), x0, args)
     if any(jnp.iscomplexobj(x) for x in traced.x):
         raise TypeError("argmin: x0 is complex, but must be real; minimise over its real and imaginary part")
     objective = lambda x, theta: traced.call(x, theta)[0]
-    slope = jax.grad(objective)
-    equation = Equation("argmin", slope, False, options.solver, options.linear, options.tol, options.max_steps, options.throw, objective)
-    x, convergence = ArgminFunction.apply(equation, traced.x, traced.theta)
-    return traced.structure.unflatten(x), convergence
+    return options.solve(ArgminFunction, jax.grad(objective), traced, objective=objective)

@@ -12,7 +12,6 @@ Reference: Bai, Kolter and Koltun, "Deep Equilibrium Models", 2019.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,18 +21,7 @@ from flax import nnx
 from layers.core import checks
 from layers.core.trees import is_array
 from layers.implicit.fixed_point import SOLVERS, solve_fixed_point
-from layers.implicit.options import read
-
-
-@dataclass(frozen=True)
-class _Options:
-    solver: Any
-    tol: float | None
-    max_steps: int
-    backward: Any
-    backward_tol: float | None
-    backward_steps: int | None
-    throw: bool
+from layers.implicit.options import Choices, read
 
 
 class DEQ(nnx.Module):
@@ -64,11 +52,8 @@ class DEQ(nnx.Module):
         throw: bool = False,
     ):
         self.layer = checks.function("DEQ", "layer", layer)
-        self.options = _Options(solver, tol, max_steps, backward, backward_tol, backward_steps, throw)
-        read("DEQ", SOLVERS, series=True, **self._given())
-
-    def _given(self) -> dict[str, Any]:
-        return {key: getattr(self.options, key) for key in self.options.__dataclass_fields__}
+        self.options = Choices(solver, tol, max_steps, backward, backward_tol, backward_steps, throw)
+        read("DEQ", SOLVERS, self.options, series=True)
 
     def __call__(self, x: Any, z0: Any = None, *, return_convergence: bool = False) -> Any:
         """The fixed point.
@@ -90,7 +75,7 @@ class DEQ(nnx.Module):
             drawn.update(i for i, (m, count) in enumerate(zip(streams, before, strict=True)) if m.count.get_value() is not count)
             return out
 
-        z, convergence = solve_fixed_point("DEQ", f, z0, (self.layer, x), **self._given())
+        z, convergence = solve_fixed_point("DEQ", f, z0, (self.layer, x), self.options)
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "convergence", convergence)
         for stream in {id(m): m for i, m in enumerate(_streams(self.layer)) if i in drawn}.values():

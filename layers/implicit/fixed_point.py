@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from layers.core import checks
 from layers.implicit.krylov import GMRES
 from layers.implicit.linear import LinearSystem
-from layers.implicit.options import read
+from layers.implicit.options import Choices, read
 from layers.implicit.rule import Convergence, Equation, ImplicitFunction
 from layers.implicit.solvers import Anderson, Broyden, Iteration, Newton
 from layers.implicit.traced import trace_map
@@ -101,25 +101,11 @@ def fixed_point(
 
     Reference: Bai, Kolter and Koltun, "Deep Equilibrium Models", 2019; Blondel et al., "Efficient and Modular Implicit Differentiation", 2022.
     """
-    return solve_fixed_point(
-        "fixed_point",
-        f,
-        x0,
-        args,
-        solver=solver,
-        tol=tol,
-        max_steps=max_steps,
-        backward=backward,
-        backward_tol=backward_tol,
-        backward_steps=backward_steps,
-        throw=throw,
-    )
+    return solve_fixed_point("fixed_point", f, x0, args, Choices(solver, tol, max_steps, backward, backward_tol, backward_steps, throw))
 
 
-def solve_fixed_point(who: str, f: Callable[..., Any], x0: Any, args: tuple[Any, ...], **given: Any) -> tuple[Any, Convergence]:
+def solve_fixed_point(who: str, f: Callable[..., Any], x0: Any, args: tuple[Any, ...], given: Choices) -> tuple[Any, Convergence]:
     """`fixed_point` for `who`, which messages name."""
-    options = read(who, SOLVERS, series=True, **given)
+    options = read(who, SOLVERS, given, series=True)
     traced = trace_map(who, checks.function(who, "f", f), x0, args)
-    equation = Equation(who, traced.call, True, options.solver, options.linear, options.tol, options.max_steps, options.throw)
-    x, convergence = FixedPointFunction.apply(equation, traced.x, traced.theta)
-    return traced.structure.unflatten(x), convergence
+    return options.solve(FixedPointFunction, traced.call, traced, fixed=True)

@@ -2,49 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from layers.core import checks
 from layers.implicit import linear, outside
+from layers.implicit.rule import Convergence, Equation, ImplicitFunction
+from layers.implicit.traced import Traced
 
 MOST_STEPS = "[1, 2147483647]"
 """Steps that an int32 counts."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """What `fixed_point`, `root` and `argmin` are told beside the equation, as objects that solve."""
+class Choices:
+    """The options of `fixed_point`, `root` and `argmin` as they are given."""
 
+    solver: Any
+    tol: Any
+    max_steps: Any
+    backward: Any
+    backward_tol: Any
+    backward_steps: Any
+    throw: Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """The same as objects that solve."""
+
+    name: str
     solver: Any
     tol: float | None
     max_steps: int
     linear: linear.LinearSystem
     throw: bool
 
+    def solve(
+        self, function: type[ImplicitFunction], f: Callable[[Any, Any], Any], traced: Traced, *, fixed: bool = False, objective: Any = None
+    ) -> tuple[Any, Convergence]:
+        """x where f(x, θ) is 0, or x itself where `fixed`, for the x and θ of `traced`, and how well."""
+        equation = Equation(self.name, f, fixed, self.solver, self.linear, self.tol, self.max_steps, self.throw, objective)
+        x, convergence = function.apply(equation, traced.x, traced.theta)
+        return traced.structure.unflatten(x), convergence
 
-def read(
-    name: str,
-    solvers: Mapping[str, Any],
-    *,
-    solver: Any,
-    tol: Any,
-    max_steps: Any,
-    backward: Any,
-    backward_tol: Any,
-    backward_steps: Any,
-    throw: Any,
-    series: bool = False,
-) -> Options:
+
+def read(name: str, solvers: Mapping[str, Any], given: Choices, *, series: bool = False) -> Options:
     """The options, each of which is looked at; `series` says whether a few terms of a series will do for the linear systems."""
-    tol = checks.number(name, "tol", tol, "[0, inf)", optional=True)
-    max_steps = checks.integer(name, "max_steps", max_steps, MOST_STEPS)
-    backward_tol = checks.number(name, "backward_tol", backward_tol, "[0, inf)", optional=True)
-    backward_steps = checks.integer(name, "backward_steps", backward_steps, MOST_STEPS, optional=True)
-    throw = checks.flag(name, "throw", throw)
-    system = linear_system(name, backward, backward_tol, backward_steps, throw, series=series)
-    return Options(forward_solver(name, solver, solvers), tol, max_steps, system, throw)
+    tol = checks.number(name, "tol", given.tol, "[0, inf)", optional=True)
+    max_steps = checks.integer(name, "max_steps", given.max_steps, MOST_STEPS)
+    backward_tol = checks.number(name, "backward_tol", given.backward_tol, "[0, inf)", optional=True)
+    backward_steps = checks.integer(name, "backward_steps", given.backward_steps, MOST_STEPS, optional=True)
+    throw = checks.flag(name, "throw", given.throw)
+    system = linear_system(name, given.backward, backward_tol, backward_steps, throw, series=series)
+    return Options(name, forward_solver(name, given.solver, solvers), tol, max_steps, system, throw)
 
 
 def forward_solver(name: str, solver: Any, known: Mapping[str, Any]) -> Any:

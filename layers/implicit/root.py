@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from layers.core import checks
 from layers.implicit.krylov import GMRES
 from layers.implicit.linear import LinearSystem
-from layers.implicit.options import read
+from layers.implicit.options import Choices, read
 from layers.implicit.rule import Convergence, Equation, ImplicitFunction
 from layers.implicit.solvers import Anderson, Broyden, Iteration, Newton
 from layers.implicit.traced import trace_map
@@ -100,18 +100,6 @@ def root(
 
     Reference: Blondel et al., "Efficient and Modular Implicit Differentiation", 2022.
     """
-    options = read(
-        "root",
-        SOLVERS,
-        solver=solver,
-        tol=tol,
-        max_steps=max_steps,
-        backward=backward,
-        backward_tol=backward_tol,
-        backward_steps=backward_steps,
-        throw=throw,
-    )
+    options = read("root", SOLVERS, Choices(solver, tol, max_steps, backward, backward_tol, backward_steps, throw))
     traced = trace_map("root", checks.function("root", "f", f), x0, args)
-    equation = Equation("root", traced.call, False, options.solver, options.linear, options.tol, options.max_steps, options.throw)
-    x, convergence = RootFunction.apply(equation, traced.x, traced.theta)
-    return traced.structure.unflatten(x), convergence
+    return options.solve(RootFunction, traced.call, traced)

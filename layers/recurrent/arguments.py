@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from layers.core import checks
 
+Inputs = TypeVar("Inputs", bound=tuple[str, ...])
+
 
 def check_axes(who: str, names: Sequence[str], arrays: Sequence[Any], axes: Sequence[str], sizes: Mapping[str, Any], **beside: Any) -> None:
     """Raises ValueError unless each array has the axes that are written for it, such as "(batch, time)", of these sizes."""
     for name, x, written in zip(names, arrays, axes, strict=True):
-        checks.shape(who, name, x, [sizes[a] for a in written.strip("(,)").split(", ")], written, **beside)
+        checks.shape(who, name, x, [sizes[a] for a in _words(written)], written, **beside)
+
+
+def check_inputs(
+    who: str, names: Inputs, axes: Inputs, arrays: Sequence[Any], *, required: int, sized: Sequence[str]
+) -> tuple[Inputs, dict[str, int]]:
+    """The arguments of a state-space model as arrays, of the axes that are written for them; all but the first `required` may be None.
+
+    Returns:
+        The arrays, and the size of each axis: that of the arrays in the fields `sized`, of the first that has the axis.
+
+    Raises:
+        ValueError: where axes do not fit. TypeError: where an argument is no array of real floats.
+    """
+    make: Any = type(names)
+    x = make(*(checks.array(who, name, v, optional=i >= required) for i, (name, v) in enumerate(zip(names, arrays, strict=True))))
+    sizes: dict[str, int] = {}
+    for field in sized:
+        check_ndim(who, getattr(names, field), getattr(x, field), getattr(axes, field))
+        sizes = dict(zip(_words(getattr(axes, field)), getattr(x, field).shape, strict=True)) | sizes
+    check_axes(who, names, x, axes, sizes, **{getattr(names, field): getattr(x, field) for field in sized})
+    return x, sizes
+
+
+def _words(axes: str) -> list[str]:
+    return axes.strip("(,)").split(", ")
 
 
 def check_attention(

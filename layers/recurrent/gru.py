@@ -36,10 +36,11 @@ from layers.core.sharding import sharded_as
 from layers.function.function import Function
 from layers.recurrent.gates import Plan, add_bias, add_wanted, gate_products, hold, product, summed_product, visible, zero_sums
 from layers.recurrent.loops import fold_chunks, scan
+from layers.recurrent.one_cell import OneCell
 from layers.recurrent.recurrence import before
 from layers.recurrent.segments import restart
 from layers.recurrent.sequences import KERNELS, prepare
-from layers.recurrent.whole_sequences import KnownCell, WholeSequences
+from layers.recurrent.whole_sequences import KnownCell
 
 
 class GRUFunction(Function):
@@ -207,7 +208,7 @@ def run_gru(
     return s.outputs(y), s.states(h)[0]
 
 
-class GRU(WholeSequences):
+class GRU(OneCell):
     """`flax.nnx.RNN(flax.nnx.GRUCell(...))`: the same parameters, under `cell`, calls and values, by `gru`.
 
     As in `gru`, the state is held over padding, and the outputs there are that state.
@@ -221,21 +222,4 @@ class GRU(WholeSequences):
     """
 
     cells: ClassVar[dict[type, KnownCell]] = {nnx.GRUCell: KnownCell(run_gru, ("dense_i",), ("dense_h",), ("dense_i",))}
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        *,
-        time_major: bool = False,
-        return_carry: bool = False,
-        reverse: bool = False,
-        keep_order: bool = False,
-        save: str = "states",
-        rngs: nnx.Rngs,
-        **cell_options: Any,
-    ):
-        in_features, hidden_features, save = self.cell_options(in_features, hidden_features, save, cell_options)
-        cell = nnx.GRUCell(in_features, hidden_features, rngs=rngs, **cell_options)
-        super().__init__(cell, time_major=time_major, return_carry=return_carry, reverse=reverse, keep_order=keep_order)
-        self.save = save
+    cell_class = nnx.GRUCell

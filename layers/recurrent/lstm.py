@@ -38,10 +38,11 @@ from layers.core.sharding import sharded_as
 from layers.function.function import Function
 from layers.recurrent.gates import Plan, add_wanted, gate_products, hold, product, summed_product, visible, zero_sums
 from layers.recurrent.loops import fold_chunks, scan
+from layers.recurrent.one_cell import OneCell
 from layers.recurrent.recurrence import before
 from layers.recurrent.segments import restart
 from layers.recurrent.sequences import KERNELS, prepare
-from layers.recurrent.whole_sequences import KnownCell, WholeSequences
+from layers.recurrent.whole_sequences import KnownCell
 
 
 class LSTMFunction(Function):
@@ -213,7 +214,7 @@ def run_lstm(
     return s.outputs(y), (c, h)
 
 
-class LSTM(WholeSequences):
+class LSTM(OneCell):
     """`flax.nnx.RNN(flax.nnx.OptimizedLSTMCell(...))`: the same parameters, under `cell`, calls and values, by `lstm`.
 
     As in `lstm`, the state is held over padding, and the outputs there are that state.
@@ -230,21 +231,4 @@ class LSTM(WholeSequences):
         nnx.OptimizedLSTMCell: KnownCell(run_lstm, ("dense_i",), ("dense_h",), ("dense_h",)),
         nnx.LSTMCell: KnownCell(run_lstm, ("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho"), ("hi", "hf", "hg", "ho")),
     }
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        *,
-        time_major: bool = False,
-        return_carry: bool = False,
-        reverse: bool = False,
-        keep_order: bool = False,
-        save: str = "states",
-        rngs: nnx.Rngs,
-        **cell_options: Any,
-    ):
-        in_features, hidden_features, save = self.cell_options(in_features, hidden_features, save, cell_options)
-        cell = nnx.OptimizedLSTMCell(in_features, hidden_features, rngs=rngs, **cell_options)
-        super().__init__(cell, time_major=time_major, return_carry=return_carry, reverse=reverse, keep_order=keep_order)
-        self.save = save
+    cell_class = nnx.OptimizedLSTMCell

@@ -33,7 +33,7 @@ from layers.core.numerics import wide
 from layers.core.products import einsum
 from layers.core.recompute import barrier
 from layers.function.function import Function
-from layers.recurrent.arguments import check_axes, check_ndim
+from layers.recurrent.arguments import check_inputs
 from layers.recurrent.loops import cut, fold_chunks, put, scan, with_first, without_first
 from layers.recurrent.recurrence import before, run, run_back
 from layers.recurrent.segments import check_segment_ids, resets_of, restart
@@ -282,9 +282,10 @@ def selective_scan(
     Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023; the meanings of the arguments are those of
     `selective_scan_fn` of its authors, with time before features.
     """
-    given = _checked(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    softplus, keep = (checks.flag("selective_scan", *x) for x in (("delta_softplus", delta_softplus), ("return_last_state", return_last_state)))
-    resets = resets_of(check_segment_ids("selective_scan", segment_ids, given.u.shape[:2], "(batch, time)", u=given.u), 1)
+    who, arrays = "selective_scan", (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    given, _ = check_inputs(who, _NAMES, _AXES, arrays, required=5, sized=("u", "a"))
+    softplus, keep = (checks.flag(who, *x) for x in (("delta_softplus", delta_softplus), ("return_last_state", return_last_state)))
+    resets = resets_of(check_segment_ids(who, segment_ids, given.u.shape[:2], "(batch, time)", u=given.u), 1)
     out, last = SelectiveScanFunction.apply(*given, resets, softplus, choose(CHUNK, FAR_CHUNK))
     return (out, last) if keep else out
 
@@ -301,15 +302,3 @@ _AXES = Inputs(
     "(features,)",
     "(batch, features, state)",
 )
-
-
-def _checked(*arrays: Any) -> Inputs:
-    """The arguments as arrays, of shapes that fit those of u and A."""
-    who = "selective_scan"
-    x = Inputs(*(checks.array(who, name, v, optional=i > 4) for i, (name, v) in enumerate(zip(_NAMES, arrays, strict=True))))
-    check_ndim(who, "u", x.u, _AXES.u)
-    check_ndim(who, "A", x.a, _AXES.a)
-    (batch, time, features), state = x.u.shape, x.a.shape[1]
-    sizes = {"batch": batch, "time": time, "features": features, "state": state}
-    check_axes(who, _NAMES, x, _AXES, sizes, u=x.u, A=x.a)
-    return x

@@ -34,7 +34,7 @@ from layers.core.products import einsum
 from layers.core.recompute import barrier
 from layers.core.sharding import sharded_as
 from layers.function.function import Function
-from layers.recurrent.arguments import check_axes, check_chunk_size, check_ndim
+from layers.recurrent.arguments import check_chunk_size, check_inputs
 from layers.recurrent.chunks import Chunks, over_chunks, pull_chunks, run_chunks
 from layers.recurrent.gates import visible
 from layers.recurrent.halves import Runs, add_shares, by_chunk, decays, faded, padded, pair_products, weighted_sums
@@ -206,8 +206,10 @@ def state_space_dual(
 
     Reference: Dao and Gu, "Transformers are SSMs", 2024; the meanings of the arguments are those of `mamba_chunk_scan_combined` of its authors.
     """
-    who = "state_space_dual"
-    given = _checked(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    who, arrays = "state_space_dual", (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    given, sizes = check_inputs(who, _NAMES, _AXES, arrays, required=5, sized=("x", "b"))
+    if not sizes["groups"] or sizes["heads"] % sizes["groups"]:
+        raise ValueError(f"{who}: B has {sizes['groups']} groups, but must have a number that divides the {sizes['heads']} heads of x")
     softplus, keep = (checks.flag(who, *v) for v in (("dt_softplus", dt_softplus), ("return_last_state", return_last_state)))
     chunk_size = check_chunk_size(who, chunk_size)
     (batch, time, heads, size), (groups, state) = given.x.shape, given.b.shape[2:]
@@ -230,16 +232,3 @@ _AXES = Inputs(
     "(heads,)",
     "(batch, heads, head_dim, state)",
 )
-
-
-def _checked(*arrays: Any) -> Inputs:
-    """The arguments as arrays, of shapes that fit those of x and B."""
-    who = "state_space_dual"
-    x = Inputs(*(checks.array(who, name, v, optional=i > 4) for i, (name, v) in enumerate(zip(_NAMES, arrays, strict=True))))
-    check_ndim(who, "x", x.x, _AXES.x)
-    check_ndim(who, "B", x.b, _AXES.b)
-    sizes: dict[str, Any] = dict(zip(("batch", "time", "heads", "head_dim", "groups", "state"), (*x.x.shape, *x.b.shape[2:]), strict=True))
-    check_axes(who, _NAMES, x, _AXES, sizes, x=x.x, B=x.b)
-    if not sizes["groups"] or sizes["heads"] % sizes["groups"]:
-        raise ValueError(f"{who}: B has {sizes['groups']} groups, but must have a number that divides the {sizes['heads']} heads of x")
-    return x

@@ -18,7 +18,6 @@ from jax import lax
 
 from layers.core import checks
 from layers.core.products import products_are_patched
-from layers.recurrent.gates import SAVES
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,6 @@ class WholeSequences(nnx.RNN):
         flags = {"time_major": time_major, "return_carry": return_carry, "reverse": reverse, "keep_order": keep_order}
         flags = {key: checks.flag(who, key, value) for key, value in flags.items()}
         super().__init__(checks.function(who, "cell", cell), **flags, **options)
-
-    @classmethod
-    def cell_options(cls, in_features: Any, hidden_features: Any, save: Any, options: dict[str, Any]) -> tuple[int, int, str]:
-        """The sizes of a cell and `save`, checked, as are the dtypes among `options`, the other arguments of the cell."""
-        sizes = [checks.integer(cls.__name__, *x, "[1, 2147483647]") for x in (("in_features", in_features), ("hidden_features", hidden_features))]
-        checks.dtype(cls.__name__, "dtype", options.get("dtype"), "inexact")
-        checks.dtype(cls.__name__, "param_dtype", options.get("param_dtype", jnp.float32), "inexact", optional=False)
-        return *sizes, checks.choice(cls.__name__, "save", save, SAVES)
 
     @classmethod
     def swap_obstacle(cls, rnn: Any) -> str:
