@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from layers.attention import in_tiles
 from layers.attention.plan import Hidden, Options
 from layers.attention.weights import sink_weights
 from layers.core.compat import varies
 from layers.core.numerics import product
+from layers.core.sharding import mesh_of
 from layers.core.stand_in import merging_batches, stand_in
 from layers.kernels.attention import KERNELS, AttentionCall
 from layers.kernels.place import here
@@ -47,18 +47,13 @@ def describe(q: Any, k: Any, v: Any, bias: Any, sinks: Any, hidden: Hidden, opti
         dropout=hidden.words is not None,
         cap=options.cap,
         varies=varies((q, k, v)),
-        mesh=_mesh_of(q, k, v),
+        mesh=mesh_of(q, k, v),
     )
 
 
 def _describe_saved(saved: tuple[Any, ...], options: Options) -> AttentionCall:
     q, k, v, bias, sinks, hidden, *_ = saved
     return describe(q, k, v, bias, sinks, hidden, options)
-
-
-def _mesh_of(*arrays: jax.Array) -> str:
-    kinds = {kind for x in arrays for kind in jax.typeof(x).sharding.mesh.axis_types} | {*jax.sharding.get_abstract_mesh().axis_types}
-    return "explicit" if AxisType.Explicit in kinds else "automatic" if AxisType.Auto in kinds else ""
 
 
 def forward(q: Any, k: Any, v: Any, bias: Any, sinks: Any, hidden: Hidden, options: Options) -> tuple[jax.Array, None, jax.Array]:

@@ -39,6 +39,8 @@ __all__ = [
     "match_placement",
     "may_be_batched",
     "missing_of_cudnn",
+    "mosaic_interpreter",
+    "mosaic_load",
     "on_first_device",
     "open_jaxpr",
     "scan_counts",
@@ -396,3 +398,16 @@ def _tpu_flash() -> Any:
 
 def _tpu_segments(segments: Any) -> Any:
     return None if segments is None else _tpu_flash().SegmentIds(*segments)
+
+
+def mosaic_interpreter(**options: Any) -> Any:
+    """The parameters of the interpreter of Mosaic's kernels for GPUs: public from JAX 0.11 on."""
+    public = getattr(importlib.import_module("jax.experimental.pallas.mosaic_gpu"), "InterpretGPUParams", None)
+    return (public or private.find_later("mosaic_interpreter"))(**options)
+
+
+def mosaic_load(ref: Any, layout: Any) -> jax.Array:
+    """`plgpu.load` of all of a reference, from the GPU's memory or shared memory; it takes an index before JAX 0.12."""
+    load: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu").load
+    index = ((),) if "idx" in inspect.signature(load).parameters else ()
+    return load(ref, *index, layout=layout, optimized=False)

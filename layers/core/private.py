@@ -17,6 +17,7 @@ UNUSED = "what `layers.residuals` knows of values that are kept and not used: it
 REWRITE = "`layers.rewrite`"
 BATCHES = "knowing where a batch is traced: a gradient under the engine of custom_vjp takes longer to trace"
 CUDNN = "attention by cuDNN"
+INTERPRETER = "running Mosaic's kernels for GPUs on a CPU, before JAX 0.11: their tests"
 _CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
 
 NAMES = {
@@ -52,6 +53,9 @@ NAMES = {
 }
 """Of each name, where it is found and what is lost without it."""
 
+LATER = {"mosaic_interpreter": ("jax._src.pallas.mosaic_gpu.interpret.params:InterpretGPUParams", INTERPRETER)}
+"""Names of modules that take long to import, found when they are used."""
+
 
 def _find(place: str) -> Any:
     try:
@@ -62,6 +66,19 @@ def _find(place: str) -> Any:
 
 FOUND: dict[str, Any] = {name: _find(place) for name, (place, _) in NAMES.items()}
 """Each name's object, None where this release of JAX has it elsewhere."""
+
+
+def find_later(name: str) -> Any:
+    """The object of one of `LATER`.
+
+    Raises:
+        RuntimeError: where this release of JAX has it elsewhere.
+    """
+    place, lost = LATER[name]
+    found = _find(place)
+    if found is None:
+        raise RuntimeError(f"JAX {jax.__version__} has no {place}, and without that is lost {lost}")
+    return found
 
 
 def missing(loss: str) -> list[str]:

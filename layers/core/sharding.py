@@ -13,6 +13,12 @@ def on_one_device(*arrays: jax.Array) -> bool:
     return all(kind == AxisType.Manual for mesh in meshes for kind in mesh.axis_types)
 
 
+def mesh_of(*arrays: jax.Array) -> str:
+    """ "explicit" or "automatic" where these arrays may lie along such axes of a mesh, else ""."""
+    kinds = {kind for x in arrays for kind in jax.typeof(x).sharding.mesh.axis_types} | {*jax.sharding.get_abstract_mesh().axis_types}
+    return "explicit" if AxisType.Explicit in kinds else "automatic" if AxisType.Auto in kinds else ""
+
+
 def explicit_sharding(x: jax.Array) -> NamedSharding | None:
     """How `x` lies along explicit axes of a mesh; None where there are none."""
     sharding = jax.typeof(x).sharding

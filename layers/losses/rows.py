@@ -40,11 +40,11 @@ class Rows(NamedTuple):
     rank: jax.Array | None
 
     @classmethod
-    def of(cls, a: jax.Array, targets: Targets, class_weights: jax.Array | None, options: Options) -> Rows:
-        """Those of raw logits `a`."""
+    def of(cls, a: jax.Array, targets: Targets, class_weights: jax.Array | None, options: Options, softmax: Softmax | None = None) -> Rows:
+        """Those of raw logits `a`, and of their softmax where that is known."""
         options = options.of(a.dtype)
         z = cap_logits(a, options)
-        softmax = Softmax.of(z, options.temperature)
+        softmax = softmax or Softmax.of(z, options.temperature)
         return cls(
             _losses(z, softmax, targets, class_weights, options),
             softmax,
@@ -103,18 +103,32 @@ def row_gradients(
     else:
         t = product(targets.weight[:, None], _of_distribution(targets.classes, class_weights, s, a.dtype))
         total = t.sum(-1)
-    if not is_known(options.z_loss, 0):
-        lse = softmax.logsumexp(options.temperature)
-        total = total + 2 * options.z_loss * targets.weight * jnp.where(jnp.isinf(lse), 0, lse)
-    if flow.logsumexp is not None:
-        total = total + flow.logsumexp
+    total = _with_logsumexp(total, softmax, targets, options, flow)
     da = total[:, None] * p - t
     if flow.entropy is not None and flow.value is not None:
         da = da - flow.entropy[:, None] * product(p, softmax.log_p(z, options.temperature) + flow.value[:, None])
     if options.logit_soft_cap is not None:
         da = da * (1 - jnp.tanh(a / options.logit_soft_cap) ** 2)
-    idle = ~jnp.isfinite(softmax.total) & ~touched(targets, flow)
-    return jnp.where(idle[:, None], 0, over(da, options.temperature))
+    return jnp.where(_idle(softmax, targets, flow)[:, None], 0, over(da, options.temperature))
+
+
+def plain_factors(softmax: Softmax, targets: Targets, options: Options, flow: Flow = NO_FLOW) -> tuple[jax.Array, jax.Array]:
+    """Of each row, f and t in da = f exp(a - largest) - t [c = y]: without smoothing, cap, temperature and the entropy's gradient."""
+    idle, total = _idle(softmax, targets, flow), _with_logsumexp(targets.weight, softmax, targets, options, flow)
+    return jnp.where(idle, 0, total / softmax.total), jnp.where(idle, 0, targets.weight)
+
+
+def _with_logsumexp(total: jax.Array, softmax: Softmax, targets: Targets, options: Options, flow: Flow) -> jax.Array:
+    """The factor of p, with what the z-loss and the gradient of the logsumexp add."""
+    if not is_known(options.z_loss, 0):
+        lse = softmax.logsumexp(options.temperature)
+        total = total + 2 * options.z_loss * targets.weight * jnp.where(jnp.isinf(lse), 0, lse)
+    return total if flow.logsumexp is None else total + flow.logsumexp
+
+
+def _idle(softmax: Softmax, targets: Targets, flow: Flow) -> jax.Array:
+    """Which rows have no gradient, whatever is in them."""
+    return ~jnp.isfinite(softmax.total) & ~touched(targets, flow)
 
 
 def label_gradients(a: jax.Array, softmax: Softmax, targets: Targets, class_weights: jax.Array | None, options: Options) -> jax.Array:

@@ -15,6 +15,7 @@ Reference: `rows.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,16 +23,18 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int
 
-from layers.core import checks
+from layers.core import checks, machine
 from layers.core.blocks import block_size as divide
 from layers.core.blocks import by_device, fold_blocks
 from layers.core.constants import refuse_gradient
-from layers.core.machine import UNLIMITED, choose
 from layers.core.numerics import wide
 from layers.core.recompute import barrier
 from layers.core.rows import as_rows
 from layers.core.slices import slice_here
 from layers.function.function import Function
+from layers.kernels.cross_entropy import KERNELS
+from layers.kernels.dispatch import NAMES, XLA, choose
+from layers.losses import by_kernel
 from layers.losses.arguments import OPTION, as_batch, check_labels, read_options
 from layers.losses.rows import Flow, Rows, label_gradients, row_gradients, row_tangents
 from layers.losses.targets import Labels, Options, reduced, scale_of
@@ -46,7 +49,11 @@ class SoftmaxCrossEntropyFunction(Function):
     @staticmethod
     def forward(ctx, logits, labels, options):
         targets = labels.read(logits.shape[1], options, wide(logits.dtype))
-        found = _by_blocks(lambda a, targets: Rows.of(a, targets, labels.class_weights, options), logits, (targets,), options)
+        if options.implementation == XLA:
+            found = _by_blocks(lambda a, targets: Rows.of(a, targets, labels.class_weights, options), logits, (targets,), options)
+        else:
+            softmax = by_kernel.softmax(logits, options.implementation)
+            found = Rows.of(logits.astype(wide(logits.dtype)), targets, labels.class_weights, options, softmax)
         ctx.save_for_backward(logits, labels, found.softmax, found.entropy)
         ctx.options = options
         return found.outputs(ctx, targets, options)
@@ -60,6 +67,9 @@ class SoftmaxCrossEntropyFunction(Function):
         scale = scale_of(targets, options)
         factor = jnp.broadcast_to(dloss if scale is None else dloss * scale, logits.shape[:1])
         flow = Flow(dlse if options.return_logsumexp else None, dentropy if options.return_entropy else None, entropy)
+
+        if options.implementation != XLA:
+            return by_kernel.gradients(logits, softmax, targets.times(factor), options, flow), None, None
 
         def of_rows(a, softmax, targets, flow):
             dlogits = row_gradients(a, softmax, targets, class_weights, options, flow).astype(logits.dtype)
@@ -108,7 +118,7 @@ def _by_blocks(fn: Callable[..., Any], logits: jax.Array, arrays: tuple[Any, ...
     def of_rows(_: None, arrays: Any) -> tuple[None, Any]:
         logits, arrays = arrays
         narrow = wide(logits.dtype) != logits.dtype
-        target = max(1, choose(NARROW_BLOCK_BYTES if narrow else BLOCK_BYTES, UNLIMITED) // (4 * max(logits.shape[1], 1)))
+        target = max(1, machine.choose(NARROW_BLOCK_BYTES if narrow else BLOCK_BYTES, machine.UNLIMITED) // (4 * max(logits.shape[1], 1)))
 
         def body(_: None, block: Any) -> tuple[None, Any]:
             places, arrays = block
@@ -137,6 +147,7 @@ def softmax_cross_entropy(
     return_accuracy: bool = False,
     return_entropy: bool = False,
     block_size: int | None = None,
+    implementation: str | None = None,
 ) -> Any:
     """Computes the cross entropy of logits, with the weights, smoothing and mean of `torch.nn.functional.cross_entropy`.
 
@@ -148,13 +159,15 @@ def softmax_cross_entropy(
         labels, ignore_index, label_smoothing, z_loss, logit_soft_cap, class_weights, where, reduction, return_logsumexp, return_accuracy,
             return_entropy: as in `linear_cross_entropy`.
         block_size: rows in a block; None to choose: on a CPU so that one takes 1 MiB in float32, in 16 bits 16 MiB; else all.
+        implementation: None takes the fastest that can do the call and was verified for it on what is compiled for; "xla" or "mosaic" (a kernel for
+            NVIDIA's Hopper) that one, with the derivatives of this layer at every order. `layers.implementations` says which and why.
 
     Returns:
         The loss, a float32 scalar (or wider) or (*batch); with `return_logsumexp`, `return_accuracy` and `return_entropy` a tuple of it and
         these, in this order.
 
     Raises:
-        ValueError: for shapes that do not fit, an unknown reduction, a value out of its range.
+        ValueError: for shapes that do not fit, an unknown reduction, a value out of its range, an implementation that cannot do the call.
         TypeError: where arrays are of the wrong dtype.
     """
     who = "softmax_cross_entropy"
@@ -170,9 +183,12 @@ def softmax_cross_entropy(
         return_entropy=return_entropy,
         block_size=block_size,
     )
+    checks.choice(who, "implementation", implementation, (None, *NAMES))
     logits = checks.array(who, "logits", logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{who}: logits have shape {logits.shape}, but must be (*batch, vocab), with at least one class")
     batch = logits.shape[:-1]
     rows = check_labels(who, labels, class_weights, where, batch, logits.shape[-1])
-    return as_batch(SoftmaxCrossEntropyFunction.apply(as_rows(logits, batch), rows, Options(**options)), batch)
+    made = Options(**options)
+    made = replace(made, implementation=choose(who, by_kernel.describe(as_rows(logits, batch), rows, made), KERNELS, implementation))
+    return as_batch(SoftmaxCrossEntropyFunction.apply(as_rows(logits, batch), rows, made), batch)

@@ -17,7 +17,7 @@ REDUCTIONS = ("mean", "sum", "none")
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("label_smoothing", "z_loss", "logit_soft_cap", "temperature"),
-    meta_fields=("ignore_index", "reduction", "return_logsumexp", "return_accuracy", "return_entropy", "return_rank", "block_size"),
+    meta_fields=("ignore_index", "reduction", "return_logsumexp", "return_accuracy", "return_entropy", "return_rank", "block_size", "implementation"),
 )
 @dataclass(frozen=True)
 class Options:
@@ -34,6 +34,7 @@ class Options:
     return_entropy: bool = False
     return_rank: bool = False
     block_size: int | None = None
+    implementation: str = "xla"
 
     def of(self, dtype: Any) -> Options:
         """With arrays of this dtype."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,36 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import layers
 from layers.core.machine import compiling_for
 from layers.kernels import verified
-from layers.kernels.attention import KERNELS, AttentionCall
-from layers.kernels.dispatch import XLA, recording
+from layers.kernels.dispatch import XLA, Call
 from layers.kernels.place import here
 from layers.tools import measure
 
-LAYER = "dot_product_attention"
-SIZES = {"batch": 2, "time": 2048, "heads": 8, "kv_heads": 4}
 LESS_EXACT = 2.0
 """How many times XLA's error a kernel's may be: XLA keeps what rounding takes from the output, and sums of 16-bit products differ."""
-
-
-def _options(sizes: dict[str, int], head_dim: int, dtype: Any) -> dict[str, dict[str, Any]]:
-    """The options of the calls that are tried, by what they are called; what has a shape and a dtype only is drawn, and differentiated."""
-    batch, time, heads = sizes["batch"], sizes["time"], sizes["heads"]
-    lengths = {"query_seq_lengths": np.full(batch, time - time // 4), "key_value_seq_lengths": np.full(batch, time - time // 3)}
-    ids = np.broadcast_to(np.arange(time) // max(time // 4, 1), (batch, time))
-    return {
-        "causal": {"is_causal": True},
-        "plain": {},
-        "causal window": {"is_causal": True, "local_window_size": (time // 8, 0)},
-        "lengths": lengths,
-        "causal, lengths": {"is_causal": True} | lengths,
-        "causal, segments": {"is_causal": True, "segment_ids": ids},
-        "causal, sinks": {"is_causal": True, "sinks": jax.ShapeDtypeStruct((heads,), jnp.float32)},
-        "bias": {"bias": jax.ShapeDtypeStruct((1, heads, time, time), dtype)},
-        "bias of batch": {"bias": jax.ShapeDtypeStruct((batch, heads, time, time), dtype)},
-    }
 
 
 @dataclass(frozen=True)
@@ -50,17 +28,15 @@ class Trial:
         layer: the layer.
         kernel: the kernel's name.
         call: what is known of the call.
-        shapes: of its arrays that are drawn and differentiated: query, key and value first.
-        options: the other options.
-        names: of those after the first three.
+        shapes: of its arrays, which are drawn and differentiated.
+        function: `implementation` to the call as a function of them.
     """
 
     layer: str
     kernel: str
-    call: AttentionCall
+    call: Call
     shapes: tuple[jax.ShapeDtypeStruct, ...]
-    names: tuple[str, ...]
-    options: dict[str, Any]
+    function: Callable[[str], Callable[..., Any]]
 
     @property
     def title(self) -> str:
@@ -92,12 +68,8 @@ class Trial:
     def _program(self, implementation: str) -> Callable[..., Any]:
         """Output and gradients of all arrays."""
 
-        def attend(*arrays: Any) -> Any:
-            beside = dict(zip(self.names, arrays[3:], strict=True))
-            return layers.dot_product_attention(*arrays[:3], **beside, **self.options, implementation=implementation)
-
         def program(*arrays: Any) -> Any:
-            out, pull = jax.vjp(attend, *arrays)
+            out, pull = jax.vjp(self.function(implementation), *arrays)
             return out, *pull(jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype))
 
         return program
@@ -107,29 +79,6 @@ class Trial:
         given = [np.asarray(x, np.float64) for x in arrays]
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]), compiling_for("cpu"):
             return [np.asarray(y) for y in jax.jit(self._program(XLA))(*given)]
-
-
-def trials(sizes: dict[str, int] | None = None) -> Iterator[Trial]:
-    """One for each kernel, dtype and class of calls that the kernel does not refuse here."""
-    sizes, place = sizes or SIZES, here()
-    for name, kernel in KERNELS.items():
-        for dtype in (jnp.bfloat16, jnp.float16):
-            for head_dim in (128, 64):
-                for options in _options(sizes, head_dim, dtype).values():
-                    trial = _trial(name, sizes, head_dim, dtype, options)
-                    if kernel.refuse(trial.call, place) is None:
-                        yield trial
-
-
-def _trial(kernel: str, sizes: dict[str, int], head_dim: int, dtype: Any, options: dict[str, Any]) -> Trial:
-    heads = (sizes["heads"], sizes["kv_heads"], sizes["kv_heads"])
-    drawn = {n: x for n, x in options.items() if isinstance(x, jax.ShapeDtypeStruct)}
-    rest = {n: x for n, x in options.items() if n not in drawn}
-    shapes = (*(jax.ShapeDtypeStruct((sizes["batch"], sizes["time"], n, head_dim), dtype) for n in heads), *drawn.values())
-    with recording() as recorder:
-        jax.eval_shape(lambda *a: layers.dot_product_attention(*a[:3], **dict(zip(drawn, a[3:], strict=True)), **rest, implementation=XLA), *shapes)
-    call: Any = recorder.decisions[0].call
-    return Trial(LAYER, kernel, call, shapes, tuple(drawn), rest)
 
 
 def _error(found: Any, exact: Any) -> float:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import layers
 from layers.check.contract import catalogue
-from layers.tools import bench_devices, devices, goals_table, readme
+from layers.tools import bench_devices, devices, goals_table, kernel_registers, readme
 from layers.tools.llama_step import WAYS, make_step
 
 SMALL = {"vocab": 64, "width": 16, "depth": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 24, "batch": 2, "time": 8}
@@ -116,3 +117,36 @@ def test_command_needs_no_setting_of_the_environment(device):
     command = [sys.executable, "-m", "layers", "bench", "relu", "--compile-for", device]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0 and "relu: idiomatic" in ran.stdout, ran.stderr
+
+
+BY_MOSAIC = {
+    "softmax_cross_entropy": (
+        lambda z: layers.softmax_cross_entropy(z, jnp.zeros(64, int), implementation="mosaic"),
+        lambda: (jax.ShapeDtypeStruct((64, 32001), jnp.bfloat16),),
+    )
+}
+
+
+@pytest.mark.parametrize("device", [compiler("h100")])
+@pytest.mark.parametrize("name", BY_MOSAIC)
+def test_layer_by_its_own_kernel_compiles_forward_and_backward_without_temporaries(device, name):
+    fn, shapes = BY_MOSAIC[name]
+    args = shapes()
+    compiled = devices.compile_for(device, jax.value_and_grad(lambda *a: fn(*a).astype(jnp.float32).sum(), tuple(range(len(args)))), args)
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 2
+    assert compiled.memory_analysis().temp_size_in_bytes <= 1 << 16
+
+
+def test_committed_registers_are_of_every_kernel_and_none_spills():
+    found = json.loads(kernel_registers.RESULTS.read_text())
+    assert set(found) == {"jax", *kernel_registers.calls()}
+    assert all(figures["spilled"] == 0 for name, figures in found.items() if name != "jax")
+
+
+@pytest.mark.parametrize("device", [compiler("h100")])
+def test_registers_are_those_that_the_assembler_says(device, tmp_path):
+    path = tmp_path / "found.json"
+    ran = subprocess.run([sys.executable, "-m", "layers.tools.kernel_registers", str(path)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(path.read_text())
+    assert all(figures["spilled"] == 0 and 16 <= figures["registers"] <= 255 for name, figures in found.items() if name != "jax")

@@ -5,10 +5,10 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from layers.kernels import verified
+from layers.kernels import mosaic, verified
 from layers.kernels.attention import KERNELS
 from layers.kernels.dispatch import Kernel
-from layers.tools import cli, measure, verify, verify_kernels, verify_layers
+from layers.tools import cli, measure, verify, verify_attention, verify_layers, verify_losses
 from tests.kernels.reference import FakeCudnn
 
 SMALL = {"batch": 1, "time": 16, "heads": 4, "kv_heads": 2}
@@ -39,9 +39,9 @@ def put(monkeypatch, tmp_path):
     """Puts one kernel in place of all, for which the clock gives these seconds beside XLA's 1; returns the file for a table."""
 
     def put_it(made, seconds=0.5):
-        monkeypatch.setattr(verify_kernels, "KERNELS", {"cudnn": made})
+        monkeypatch.setattr(verify_attention, "KERNELS", {"cudnn": made})
         monkeypatch.setitem(KERNELS, "cudnn", made)
-        monkeypatch.setattr(verify_kernels, "SIZES", SMALL)
+        monkeypatch.setattr(verify_attention, "SIZES", SMALL)
         monkeypatch.setattr(measure, "in_turn", lambda runs, rounds: {name: [1.0 if name == "xla" else seconds] for name in runs})
         return tmp_path / "table.json"
 
@@ -50,7 +50,7 @@ def put(monkeypatch, tmp_path):
 
 
 def only_row():
-    (trial,) = verify_kernels.trials()
+    (trial,) = verify_attention.trials()
     return trial.row()
 
 
@@ -112,3 +112,13 @@ def test_unknown_layer_and_a_table_that_cannot_be_written_are_errors(tmp_path):
         verify.main(["nothing"])
     with pytest.raises(OSError, match="cannot be written: give another file by --json"):
         verify.main(["rms_norm"], path=tmp_path / "missing" / "table.json")
+
+
+def test_kernel_of_the_cross_entropy_is_exact_in_its_trial(monkeypatch):
+    """Interpreted: `python -m layers verify` on an H100 runs the same, compiled."""
+    monkeypatch.setattr(verify_losses, "ROWS", 3)
+    monkeypatch.setattr(verify_losses, "VOCABS", (130,))
+    monkeypatch.setattr(measure, "in_turn", lambda runs, rounds: {name: [1.0 if name == "xla" else 0.5] for name in runs})
+    with mosaic.interpreting():
+        rows = [trial.row() for trial in verify_losses.trials()]
+    assert [(r["dtype"], r["against"]) for r in rows] == [("bfloat16", ""), ("float16", ""), ("float32", "")]
