@@ -11,11 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "layers"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FACADE = {"swap", "linen", "rewrite"}
+FACADE = {"swapping", "linen", "rewrite"}
 FLOORS = {"core": {"core"}, "function": {"core", "function"}, "kernels": {"core", "kernels"}}
-FLOORS["check"] = {*FLOORS, "check"}
+FLOORS["checking"] = {*FLOORS, "checking"}
 """The parts that families are built on, and what each may import."""
-FAMILIES = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name not in FACADE | {*FLOORS, "tools", "__pycache__"}}
+FAMILIES = {p.parent.name for p in PACKAGE.glob("*/__init__.py")} - FACADE - {*FLOORS, "tools"}
 
 
 def place(path):
@@ -39,7 +39,7 @@ def may_import(part, other):
     if part in FAMILIES:
         return other in ("core", "function", "kernels", part)
     if part in FACADE:
-        return other in FAMILIES | {"core", "function", "check", part}
+        return other in FAMILIES | {"core", "function", "checking", part}
     return part in ("__init__", "__main__", "tools")
 
 
@@ -49,7 +49,7 @@ def test_file_imports_what_its_place_may(path):
     for name, line in imports(path):
         if name == "layers" or name.startswith("layers."):
             other = name.split(".")[1] if "." in name else "facade"
-            inside = part == "check" and path.name in ("catalogue.py", "implementations.py") and name == "layers"  # these look for layers by name
+            inside = part == "checking" and path.name in ("catalogue.py", "implementations.py") and name == "layers"  # these look for layers by name
             assert inside or may_import(part, other), f"{path.name}:{line} imports {name}, which {part} may not"
 
 
@@ -83,7 +83,7 @@ def code_of_rules(node):
             yield from code_of_rules(child)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if place(p) not in ("tools", "check")], ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", [p for p in FILES if place(p) not in ("tools", "checking")], ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_products_call_dot_general_themselves(path):
     """A jitted function of `jnp` that multiplies matrices keeps what it was traced to, be it another library's product for the time being."""
     for node in code_of_rules(ast.parse(path.read_text())):
@@ -133,6 +133,13 @@ def test_families_export_what_the_facade_does():
         lines = [line for line in (PACKAGE / family / "__init__.py").read_text().splitlines() if line.startswith("from ")]
         assert {line for line in facade if line.startswith(f"from layers.{family}.")} <= set(lines), family
         assert all(line.startswith(f"from layers.{family}.") for line in lines)
+
+
+def test_no_part_of_the_library_is_hidden_by_a_public_name():
+    """`layers.linear` is the function, and no folder or file of that name is left for `import layers.linear` to mean."""
+    public = re.findall(r"^from layers\.\w+\.?\w* import .* as (\w+)$", (PACKAGE / "__init__.py").read_text(), re.MULTILINE)
+    assert {"linear", "mlp", "check", "swap"} <= set(public)
+    assert {place(p) for p in FILES} & set(public) <= {"rewrite"}
 
 
 def test_facade_holds_one_explicit_line_for_each_name():
@@ -191,5 +198,5 @@ def test_layer_file_has_derivation_function_and_public_function_in_this_order(pa
 
 
 def test_audit_names_no_line_of_the_floors_that_every_layer_stands_on():
-    parts = importlib.import_module("layers.check.residuals")._PARTS
+    parts = importlib.import_module("layers.checking.residuals")._PARTS
     assert {("layers", floor) for floor in FLOORS if floor != "kernels"} <= set(parts)

@@ -25,8 +25,8 @@ CALLS = catalogue()
 
 RUN_WHAT_THEY_ARE_GIVEN = {
     "check": "computes in NumPy and cannot be traced: tests/test_contract.py",
-    "gradcheck": "computes in NumPy and cannot be traced: tests/check/test_gradcheck.py",
-    "gradgradcheck": "computes in NumPy and cannot be traced: tests/check/test_gradcheck.py",
+    "gradcheck": "computes in NumPy and cannot be traced: tests/checking/test_gradcheck.py",
+    "gradgradcheck": "computes in NumPy and cannot be traced: tests/checking/test_gradcheck.py",
 }
 """The public functions without a good call here, with the reason, and where their bad input is tested."""
 

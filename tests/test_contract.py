@@ -7,7 +7,7 @@ import pytest
 
 import layers
 from layers import Function
-from layers.check.contract import catalogue
+from layers.checking.contract import catalogue
 
 
 @pytest.mark.parametrize("layer", catalogue(), ids=lambda c: c.__name__)

@@ -13,8 +13,8 @@ from flax import nnx
 
 import layers
 from layers import Function
-from layers.check.contract import catalogue
-from layers.check.gradcheck import has_gradient
+from layers.checking.contract import catalogue
+from layers.checking.gradcheck import has_gradient
 from layers.losses.linear_cross_entropy import LinearCrossEntropyFunction
 from tests.support import temp_bytes
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from flax import linen as _linen
 
-from layers.linear.linear import Linear as _Linear
+from layers.affine.linear import Linear as _Linear
+from layers.experts.modules import GatedMoE as _GatedMoE
+from layers.experts.modules import MoE as _MoE
 from layers.linen.attentions import MultiHeadAttention as MultiHeadAttention
 from layers.linen.attentions import MultiHeadDotProductAttention as MultiHeadDotProductAttention
 from layers.linen.attentions import SelfAttention as SelfAttention
@@ -29,10 +31,8 @@ from layers.linen.projections import Dense as Dense
 from layers.linen.projections import Embed as Embed
 from layers.linen.reversible_stack import ReversibleStack as ReversibleStack
 from layers.linen.rnn import RNN as RNN
-from layers.mlp.gated_mlp import GatedMLP as _GatedMLP
-from layers.mlp.mlp import MLP as _MLP
-from layers.moe.modules import GatedMoE as _GatedMoE
-from layers.moe.modules import MoE as _MoE
+from layers.perceptrons.gated_mlp import GatedMLP as _GatedMLP
+from layers.perceptrons.mlp import MLP as _MLP
 from layers.quantization.fp8_linear import Fp8Linear as _Fp8Linear
 from layers.quantization.int8_linear import Int8Linear as _Int8Linear
 from layers.quantization.vector_quantize import VectorQuantizer as _VectorQuantizer

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen
 
-from layers.dropout.dropout import dropout
+from layers.regularization.dropout import dropout
 
 
 class Dropout(linen.Dropout):

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
+from layers.affine.linear import Linear as _Linear
 from layers.embeddings.embed import Embed as _Embed
-from layers.linear.linear import Linear as _Linear
 from layers.linen.twin import twin
 
 

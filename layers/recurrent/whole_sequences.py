@@ -171,7 +171,7 @@ def _obstacle(rnn: Any, cells: dict[type, KnownCell]) -> str:
 
 def _is_plain(layer: Any) -> bool:
     """Whether a layer of a cell is a linear layer, Flax's or this library's, and nothing more."""
-    plain = isinstance(layer, nnx.Linear) and (type(layer) is nnx.Linear or type(layer).__module__ == "layers.linear.linear")
+    plain = isinstance(layer, nnx.Linear) and (type(layer) is nnx.Linear or type(layer).__module__ == "layers.affine.linear")
     return plain and layer.dot_general is lax.dot_general and layer.precision is None and layer.preferred_element_type is None
 
 

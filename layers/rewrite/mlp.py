@@ -7,8 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from layers.mlp.gated_mlp import gated_mlp
-from layers.mlp.mlp import mlp
+from layers.perceptrons.gated_mlp import gated_mlp
+from layers.perceptrons.mlp import mlp
 from layers.rewrite.activations import activation_of, arguments_of
 from layers.rewrite.axes import Atom, Axis, arrange, dot_axes, equal, flat, forward, new_axes, restore, spread_axes, unify
 from layers.rewrite.graph import Node, Value

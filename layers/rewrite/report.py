@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from layers.check.producers import clean_scope
+from layers.checking.producers import clean_scope
 from layers.core import compat
 from layers.rewrite.graph import Graph, Node
 from layers.rewrite.match import Match

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from layers.check.audit import WAYS
+from layers.checking.audit import WAYS
 from layers.core import checks, compat
 from layers.core.trees import replaced
 from layers.rewrite.evaluation import Program

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from layers.check.contract import catalogue
+from layers.checking.contract import catalogue
 from layers.kernels import verified
 from layers.kernels.place import here
 from layers.tools import verify_attention, verify_layers, verify_losses

@@ -18,14 +18,14 @@ from layers.losses.linear_dpo import linear_dpo
 from layers.losses.linear_jsd import linear_jsd
 from layers.losses.linear_kl_divergence import linear_kl_divergence
 from layers.losses.softmax_cross_entropy import softmax_cross_entropy
-from layers.mlp.gated_mlp import gated_mlp
-from layers.mlp.mlp import mlp
 from layers.norms.add_layer_norm import add_layer_norm
 from layers.norms.add_rms_norm import add_rms_norm
 from layers.norms.batch_norm import batch_norm
 from layers.norms.group_norm import group_norm
 from layers.norms.layer_norm import layer_norm
 from layers.norms.rms_norm import rms_norm
+from layers.perceptrons.gated_mlp import gated_mlp
+from layers.perceptrons.mlp import mlp
 from tests.support import assert_trees_close
 
 pytestmark = pytest.mark.devices(8)

@@ -10,16 +10,16 @@ import pytest
 from layers.core.blocks import block_size, by_device, fold_blocks, scan_blocks
 from layers.core.deferred import scan_blocks_deferred
 from layers.core.hashing import hash_bits
-from layers.dropout.dropout import dropout
 from layers.losses.linear_cross_entropy import linear_cross_entropy
 from layers.losses.linear_jsd import linear_jsd
 from layers.losses.softmax_cross_entropy import softmax_cross_entropy
-from layers.mlp.gated_mlp import gated_mlp
-from layers.mlp.mlp import mlp
 from layers.norms.add_layer_norm import add_layer_norm
 from layers.norms.add_rms_norm import add_rms_norm
 from layers.norms.layer_norm import layer_norm
 from layers.norms.rms_norm import rms_norm
+from layers.perceptrons.gated_mlp import gated_mlp
+from layers.perceptrons.mlp import mlp
+from layers.regularization.dropout import dropout
 from tests.core.functions import floats
 from tests.support import assert_trees_close
 

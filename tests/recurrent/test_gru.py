@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from layers.check.gradcheck import gradcheck
+from layers.checking.gradcheck import gradcheck
 from layers.recurrent.gru import GRU, gru
 from layers.recurrent.rnn import RNN
 from tests.recurrent.cells import draw, loss, module_results, quick_compilation, results, short_chunks

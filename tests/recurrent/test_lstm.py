@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from layers.check.gradcheck import gradcheck
+from layers.checking.gradcheck import gradcheck
 from layers.recurrent.lstm import LSTM, lstm
 from layers.recurrent.rnn import RNN
 from layers.recurrent.whole_sequences import WholeSequences

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from layers.dropout.dropout import Dropout
+from layers.regularization.dropout import Dropout
 from layers.reversible.reversible_stack import ReversibleStack
 from tests.reversible.networks import Block, Plain, by_coupling, loss, maker, program, stack_of, value_and_grads
 from tests.support import assert_trees_close, planned_bytes, saved_bytes, temp_bytes

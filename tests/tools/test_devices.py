@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import layers
-from layers.check.contract import catalogue
+from layers.checking.contract import catalogue
 from layers.tools import bench_devices, devices, goals_table, kernel_registers, readme
 from layers.tools.llama_step import WAYS, make_step
 

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.mlp.gated_mlp import gated_mlp
-from layers.mlp.mlp import mlp
+from layers.perceptrons.gated_mlp import gated_mlp
+from layers.perceptrons.mlp import mlp
 from layers.tools.cases.case import Case, normal
 
 ROWS, FEATURES, HIDDEN = 8192, 512, 2048

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layers.moe.grouped_matmul import grouped_matmul
-from layers.moe.moe import moe
+from layers.experts.grouped_matmul import grouped_matmul
+from layers.experts.moe import moe
 from layers.tools.cases.case import Case, normal
 
 SIZES = jnp.array([317, 0, 128, 515, 64, 700, 1, 323])
