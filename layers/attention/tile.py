@@ -51,7 +51,16 @@ class Layout:
 
 
 class Tile:
-    """One tile: takes its part of arrays, adds to it, and computes its scores; `first` and `last` where it is that in its outer block."""
+    """One tile: takes its part of arrays, adds to it, and computes its scores.
+
+    A `side` of the score matrix, an int, is 0 for its rows, the queries, and 1 for its columns, the keys.
+
+    Args:
+        grid: what all tiles have in common.
+        index: which tile: int32 (2,), the number of its block of queries and of its block of keys.
+        first, last: boolean scalars: whether it is the first and the last one of its row of tiles (or column, where the loop goes along columns), so
+            that a sum over that row starts with it and is written after it.
+    """
 
     def __init__(self, grid: Layout, index: Any, first: Any = True, last: Any = True):
         self.grid, self.index, self.first, self.last = grid, index, first, last

@@ -30,7 +30,8 @@ class engine:
     - `"linear"`: a `jax.custom_jvp` whose tangent is a linear operation with `backward` as its transpose. It has forward mode, exact
       `needs_input_grad`, and outputs that a batch shares. It rests on private names of JAX (`core/private.py`).
     - `"custom_vjp"`: one `jax.custom_vjp` whose forward rule is `forward` and whose backward rule is `backward`. `needs_input_grad` is true for
-      all that could be differentiated, forward mode is an error, and `jvp` methods are not used.
+      all that could be differentiated, forward mode is an error (inside `jit` JAX's own, which does not name the function: what forward and reverse
+      mode trace there is the same, so that no rule can tell), and `jvp` methods are not used.
 
     The default is `"linear"`, `"custom_vjp"` in a release of JAX that has moved what `"linear"` needs, and the environment variable
     `LAYERS_ENGINE` before both. What was compiled under one engine is traced anew under the other.

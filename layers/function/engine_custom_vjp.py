@@ -37,7 +37,9 @@ def apply(call: Call, arrays: Sequence[Any]) -> Outputs:
     """The arrays of the output, differentiable by the rule, and what makes the output of them.
 
     Raises:
-        TypeError: where forward mode goes through it outside `jit`; inside `jit` the error is JAX's own.
+        TypeError: where forward mode goes through it. Inside `jit`, `scan` or `checkpoint`, and from what `linearize` returns, it is JAX's own error,
+            which names no function: JAX stages both modes by the same rules, and finds only when it compiles that a tangent was not transposed.
+            The operation that it then refuses is its own, and no public name reaches it.
     """
     filled: list[Callable[[list[Any]], Any]] = []
     ran: list[str] = []

@@ -27,15 +27,18 @@ from layers.function.linearity import why_not_linear
 class Record:
     """What the gradient of one call is computed from, its arrays apart.
 
+    `pull` runs `backward`: from gradients of the outputs to gradients of the arrays. `push` is forward mode: from tangents of the arrays to tangents
+    of the outputs.
+
     Attributes:
         call: the call.
-        avals: the types of its arrays.
-        differentiated: which of them are being differentiated.
-        output: the output of `forward`, with places for its arrays.
-        output_avals: the types of these.
-        differentiable: which of these a gradient goes through.
-        state: what the context keeps, with places for its arrays, the residuals.
-        materialize: whether an absent gradient is zeros.
+        avals: the abstract values of its arrays: shape, dtype, sharding.
+        differentiated: for each of them whether it is being differentiated.
+        output: the output of `forward`, with its arrays taken out, to be filled in again.
+        output_avals: the abstract values of these.
+        differentiable: for each of these whether a gradient goes through it.
+        state: what the context keeps, with its arrays, the residuals, taken out.
+        materialize: whether a gradient that is absent reaches `backward` as zeros, not None.
         shared: for each of the outputs the manual mesh axes (`shard_map`) along which the devices compute the same from what they share, while other
             arrays of the call differ there: its gradient enters on one device only, or the sum over the devices would count it on each.
     """
@@ -86,7 +89,16 @@ class Record:
         return compat.zeros(aval) if self.materialize and not compat.is_key(aval) else None
 
     def pull(self, residuals: Sequence[Any], cotangents: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
-        """`grads` from and to the arrays that move: the transpose of `push`."""
+        """Runs `backward`, the transpose of `push`.
+
+        Args:
+            residuals: the arrays of `state`.
+            cotangents: one array, or None for zero, for each differentiable output.
+            wanted: for each array that is being differentiated whether its gradient is needed.
+
+        Returns:
+            The gradient, or None for zero, of each array that is being differentiated.
+        """
         given = iter(cotangents)
         full = [next(given) if d else None for d in self.differentiable]
         indices = [i for i, m in enumerate(self.differentiated) if m]
@@ -95,7 +107,15 @@ class Record:
         return [grads[i] for i in indices]
 
     def push(self, residuals: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
-        """The tangents of the differentiable outputs: by the class's `jvp`, else by transposing `backward`."""
+        """Forward mode: by the class's `jvp`, else by transposing `backward`.
+
+        Args:
+            residuals: the arrays of `state`.
+            tangents: one array for each array that is being differentiated.
+
+        Returns:
+            One array for each differentiable output.
+        """
         if self.call.cls._has_jvp():
             return self._push_by_jvp(residuals, tangents)
         wanted = (True,) * len(tangents)

@@ -1,13 +1,19 @@
 """A chain of couplings over flat lists of arrays: forwards, and backwards from its result.
 
-y1 = x1 + f(x2),  y2 = x2 + g(y1)       undone by       x2 = y2 - g(y1),  x1 = y1 - f(x2)
+Forward    y1 = x1 + f(x2),           y2 = x2 + g(y1)
+Undone     x2 = y2 - g(y1),           x1 = y1 - f(x2)
+Backward   dx1 = dy1 + dy2 g'(y1),    dx2 = dy2 + dx1 f'(x2)
+           and for the arrays a of each  da_g = dy2 ∂g/∂a (y1),  da_f = dx1 ∂f/∂a (x2)
+
+f' multiplies dx1, not dy1: y1 reaches the loss through y2 too. To undo a coupling takes g(y1) and f(x2), which are where its derivatives are taken:
+they are computed once for both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +27,50 @@ from layers.reversible.placement import once_as, varying_as
 from layers.reversible.streams import Streams
 
 Values = dict[int, Any]
-"""Arrays by their place."""
+"""Arrays by their index in the list of those of the chain."""
+
+
+class StreamPair(NamedTuple):
+    """The two streams, or their gradients."""
+
+    first: Any
+    second: Any
+
+
+class Advanced(NamedTuple):
+    """What `Chain.advance` returns.
+
+    Attributes:
+        y: the streams at the end.
+        seen: for each half the values it saw of the state that had been changed before.
+        changed: the state as it is at the end.
+    """
+
+    y: StreamPair
+    seen: Any
+    changed: Values
+
+
+class Retreated(NamedTuple):
+    """What `Chain.retreat` returns.
+
+    Attributes:
+        x: the streams at the start.
+        dx: their gradients; None where none were asked for.
+        arrays: a gradient or None for each array.
+    """
+
+    x: StreamPair
+    dx: StreamPair | None
+    arrays: list[Any]
+
+
+class Undone(NamedTuple):
+    """One half undone: the stream without its output, the gradient of the stream that it reads, and those of its arrays."""
+
+    stream: Any
+    gradient: Any
+    arrays: Values
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,35 +106,29 @@ class Chain:
     length: int | None = None
     dtypes: tuple[Any, Any] | None = None
 
-    def advance(self, arrays: Sequence[Any], x1: Any, x2: Any) -> tuple[Any, Any, Any, Values]:
-        """Runs the couplings on streams.
-
-        Returns:
-            The two streams; for each half the values it saw of the state that had been changed before; the state as it is at the end.
-        """
+    def advance(self, arrays: Sequence[Any], x: StreamPair) -> Advanced:
+        """Runs the couplings on the streams `x`."""
         if self.length is None:
             values, seen = list(arrays), []
             for pair in self.couplings:
-                x1, x2, saw = self._couple(pair, values, arrays, x1, x2)
+                x, saw = self._couple(pair, values, arrays, x)
                 seen.append(saw)
-            return x1, x2, seen, _changed(range(len(values)), values, arrays)
+            return Advanced(x, seen, _changed(range(len(values)), values, arrays))
         if not self.length:
-            return x1, x2, ({}, {}), {}
+            return Advanced(x, ({}, {}), {})
 
         def body(carry: Any, stacked: list[Any]) -> tuple[Any, Any]:
             given = [*stacked, *arrays[self.stacked :]]
             values = list(given)
-            x1, x2, saw = self._couple(self.couplings[0], values, given, *carry)
-            return (x1, x2), (saw, _changed(range(len(values)), values, given))
+            x, saw = self._couple(self.couplings[0], values, given, carry)
+            return x, (saw, _changed(range(len(values)), values, given))
 
         stacked = list(arrays[: self.stacked])
-        carry = compat.vary_like((x1, x2), lambda c: body(c, [a[0] for a in stacked])[0], arrays)
-        (x1, x2), (seen, changed) = lax.scan(body, carry, stacked, self.length)
-        return x1, x2, seen, changed
+        carry = compat.vary_like(x, lambda c: body(c, [a[0] for a in stacked])[0], arrays)
+        y, (seen, changed) = lax.scan(body, carry, stacked, self.length)
+        return Advanced(y, seen, changed)
 
-    def retreat(
-        self, arrays: Sequence[Any], seen: Any, y: tuple[Any, Any], dy: tuple[Any, Any] | None, dstate: Values, wanted: Sequence[bool]
-    ) -> tuple[tuple[Any, Any], tuple[Any, Any] | None, list[Any]]:
+    def retreat(self, arrays: Sequence[Any], seen: Any, y: StreamPair, dy: StreamPair | None, dstate: Values, wanted: Sequence[bool]) -> Retreated:
         """Undoes `advance`.
 
         Args:
@@ -95,9 +138,6 @@ class Chain:
             dy: their gradients; None to compute none.
             dstate: gradients of the state as it was at the end, where there are any.
             wanted: which of the arrays need a gradient.
-
-        Returns:
-            The two streams at the start, their gradients, and a gradient or None for each array.
         """
         if self.length is None:
             sums: Values = {}
@@ -105,9 +145,9 @@ class Chain:
                 (y, values), dy = barrier((y, list(arrays)), dy)
                 y, dy, grads = self._uncouple(pair, values, saw, y, dy, dstate, wanted)
                 _accumulate(sums, grads)
-            return y, dy, [sums.get(i) for i in range(len(arrays))]
+            return Retreated(y, dy, [sums.get(i) for i in range(len(arrays))])
         if not self.length:
-            return y, dy, [None] * len(arrays)
+            return Retreated(y, dy, [None] * len(arrays))
         shared = range(self.stacked, len(arrays))
         totals = {i: jnp.zeros(arrays[i].shape, wide(arrays[i].dtype)) for i in shared if dy is not None and wanted[i]}
 
@@ -121,24 +161,25 @@ class Chain:
         given = (stacked, seen, dstate)  # a barrier marks all that goes through it as varying over the mesh, which dstate need not be
         carry = compat.vary_like((y, dy, totals), lambda c: body(c, jax.tree.map(lambda a: a[0], given))[0], arrays, dstate)
         (y, dy, totals), grads = lax.scan(body, carry, given, self.length, reverse=True)
-        return y, dy, [(totals | grads).get(i) for i in range(len(arrays))]
+        return Retreated(y, dy, [(totals | grads).get(i) for i in range(len(arrays))])
 
-    def _couple(self, pair: tuple[Half, Half], values: list[Any], given: Sequence[Any], x1: Any, x2: Any) -> tuple[Any, Any, Any]:
-        f, g = pair
+    def _couple(self, pair: tuple[Half, Half], values: list[Any], given: Sequence[Any], x: StreamPair) -> tuple[StreamPair, Any]:
+        (f, g), (x1, x2) = pair, x
         before_f = _state_before(f, values, given)
-        x1 = self.streams.add(x1, _run(f, values, self._as_input(self.streams.read(x2), 1)))
+        y1 = self.streams.add(x1, _run(f, values, self._as_input(self.streams.read(x2), 1)))
         before_g = _state_before(g, values, given)
-        x2 = self.streams.add(x2, _run(g, values, self._as_input(self.streams.read(x1), 0)))
-        return x1, x2, (before_f, before_g)
+        y2 = self.streams.add(x2, _run(g, values, self._as_input(self.streams.read(y1), 0)))
+        return StreamPair(y1, y2), (before_f, before_g)
 
     def _uncouple(
-        self, pair: tuple[Half, Half], values: list[Any], saw: Any, y: Any, dy: Any, dstate: Values, wanted: Sequence[bool]
-    ) -> tuple[Any, Any, Values]:
-        (f, g), (y1, y2), (d1, d2) = pair, y, dy or (None, None)
-        y2, d1, grads = self._undo(g, 0, values, saw[1], (y1, y2), (d1, d2), dstate, wanted)
-        y1, d2, more = self._undo(f, 1, values, saw[0], (y2, y1), (d2, d1), dstate, wanted)
+        self, pair: tuple[Half, Half], values: list[Any], saw: Any, y: StreamPair, dy: StreamPair | None, dstate: Values, wanted: Sequence[bool]
+    ) -> tuple[StreamPair, StreamPair | None, Values]:
+        """The streams before a coupling, their gradients, and those of the arrays of both halves."""
+        (f, g), (y1, y2), (dy1, dy2) = pair, y, dy or StreamPair(None, None)
+        x2, dx1, grads = self._undo(g, 0, values, saw[1], read=y1, taken_from=y2, dread=dy1, dtaken=dy2, dstate=dstate, wanted=wanted)
+        x1, dx2, more = self._undo(f, 1, values, saw[0], read=x2, taken_from=y1, dread=dy2, dtaken=dx1, dstate=dstate, wanted=wanted)
         _accumulate(grads, more)
-        return (y1, y2), None if dy is None else (d1, d2), grads
+        return StreamPair(x1, x2), None if dy is None else StreamPair(dx1, dx2), grads
 
     def _undo(
         self,
@@ -146,21 +187,24 @@ class Chain:
         which: int,
         values: list[Any],
         saw: Values,
-        streams: tuple[Any, Any],
-        grads: tuple[Any, Any],
+        *,
+        read: Any,
+        taken_from: Any,
+        dread: Any,
+        dtaken: Any,
         dstate: Values,
         wanted: Sequence[bool],
-    ) -> tuple[Any, Any, Values]:
-        """Takes `half(x)` from the stream y; x is stream number `which`.
+    ) -> Undone:
+        """Takes the output of `half` from a stream; the one that it reads is stream number `which`.
 
-        Returns:
-            The stream y, the gradient of x, the gradients of the arrays of `half`.
+        Args:
+            read, taken_from: the two streams.
+            dread, dtaken: their gradients, or None.
         """
-        (x, y), (dx, dy) = streams, grads
         given = [saw.get(i, values[i]) for i in half.indices]
-        point = self.streams.read(x)
-        if dy is None:
-            return self.streams.add(y, half.call(given, self._as_input(point, which))[0], -1), None, {}
+        point = self.streams.read(read)
+        if dtaken is None:
+            return Undone(self.streams.add(taken_from, half.call(given, self._as_input(point, which))[0], -1), None, {})
         differentiated = [k for k, i in enumerate(half.indices) if wanted[i] and i not in saw]
 
         def outputs(moved: list[Any], point: Any) -> tuple[Any, Values]:
@@ -170,11 +214,11 @@ class Chain:
             return out, {half.indices[k]: varying_as(after[k], dstate[half.indices[k]]) for k in written}
 
         (out, state), pull = jax.vjp(outputs, [given[k] for k in differentiated], point)
-        moved_grads, dpoint = pull((dy.astype(out.dtype), {i: once_as(dstate[i], x) for i, x in state.items()}))
+        moved_grads, dpoint = pull((dtaken.astype(out.dtype), {i: once_as(dstate[i], x) for i, x in state.items()}))
         summed: Values = {}
         for k, grad in zip(differentiated, moved_grads, strict=True):
             _accumulate(summed, {half.indices[k]: grad})
-        return self.streams.add(y, out, -1), dx + dpoint.astype(dx.dtype), summed
+        return Undone(self.streams.add(taken_from, out, -1), dread + dpoint.astype(dread.dtype), summed)
 
     def _as_input(self, x: Any, which: int) -> Any:
         return x if self.dtypes is None else x.astype(self.dtypes[which])

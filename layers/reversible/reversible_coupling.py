@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 from layers.core import checks, compat
 from layers.core.trees import is_array, is_inexact
 from layers.function.function import Function
-from layers.reversible.chain import Chain, Half
+from layers.reversible.chain import Chain, Half, StreamPair
 from layers.reversible.halves import make_chain
 from layers.reversible.streams import Streams
 
@@ -40,30 +40,30 @@ class ReversibleCouplingFunction(Function):
     @staticmethod
     def forward(ctx, chain, x1, x2, *arrays):
         chain = replace(chain, dtypes=(x1.dtype, x2.dtype))
-        y1, y2, seen, changed = chain.advance(arrays, *chain.streams.enter(x1, x2))
-        ctx.chain, ctx.y, ctx.seen, ctx.arrays = chain, (y1, y2), seen, arrays
+        y, seen, changed = chain.advance(arrays, StreamPair(*chain.streams.enter(x1, x2)))
+        ctx.chain, ctx.y, ctx.seen, ctx.arrays = chain, y, seen, arrays
         ctx.set_materialize_grads(False)
-        return chain.streams.leave(y1, x1.dtype), chain.streams.leave(y2, x2.dtype), changed
+        return chain.streams.leave(y.first, x1.dtype), chain.streams.leave(y.second, x2.dtype), changed
 
     @staticmethod
     def backward(ctx, dy1, dy2, dchanged):
         chain, y = ctx.chain, ctx.y
-        dy = (chain.streams.gradient(y[0], dy1), chain.streams.gradient(y[1], dy2))
+        dy = StreamPair(chain.streams.gradient(y.first, dy1), chain.streams.gradient(y.second, dy2))
         dstate = {i: d for i, d in dchanged.items() if d is not None}
-        _, (dx1, dx2), grads = chain.retreat(ctx.arrays, ctx.seen, y, dy, dstate, ctx.needs_input_grad[3:])
-        return None, dx1, dx2, *grads
+        start = chain.retreat(ctx.arrays, ctx.seen, y, dy, dstate, ctx.needs_input_grad[3:])
+        return None, *start.dx, *start.arrays
 
     @staticmethod
     def jvp(ctx, _, x1_dot, x2_dot, *arrays_dot):
         chain = ctx.chain
         streams, arrays = chain.streams, list(ctx.arrays)
-        (x1, x2), _, _ = chain.retreat(arrays, ctx.seen, ctx.y, None, {}, ())
+        x1, x2 = chain.retreat(arrays, ctx.seen, ctx.y, None, {}, ()).x
         differentiated = [i for i, a in enumerate(arrays) if is_inexact(a)]
 
         def outputs(x1_smooth: Any, x2_smooth: Any, moved: list[Any]) -> Any:
             now = dict(enumerate(arrays)) | dict(zip(differentiated, moved, strict=True))
-            y1, y2, _, changed = chain.advance(list(now.values()), streams.follow(x1, x1_smooth), streams.follow(x2, x2_smooth))
-            return (streams.read(y1), streams.read(y2), {i: x for i, x in changed.items() if is_inexact(x)}), dict.fromkeys(changed)
+            y, _, changed = chain.advance(list(now.values()), StreamPair(streams.follow(x1, x1_smooth), streams.follow(x2, x2_smooth)))
+            return (streams.read(y.first), streams.read(y.second), {i: x for i, x in changed.items() if is_inexact(x)}), dict.fromkeys(changed)
 
         at = (streams.read(x1), streams.read(x2), [arrays[i] for i in differentiated])
         given = (x1_dot, x2_dot, [arrays_dot[i] for i in differentiated])

@@ -12,7 +12,7 @@ from flax import nnx
 
 from layers.core import checks
 from layers.core.trees import is_inexact
-from layers.reversible.chain import Chain
+from layers.reversible.chain import Chain, StreamPair
 from layers.reversible.halves import Arrays, make_chain
 from layers.reversible.reversible_coupling import ReversibleCouplingFunction, as_stream, make_streams
 from layers.reversible.stacking import stacked
@@ -142,10 +142,10 @@ def _kept(modules: list[Any], scan: bool) -> Any:
 def _there_and_back(chain: Chain, halves: tuple[Any, Any], arrays: list[Any]) -> Any:
     """For each half the largest difference and the largest magnitude; and the gradients, so that they are computed."""
     streams = chain.streams
-    start = streams.enter(*halves)
-    y1, y2, seen, _ = chain.advance(arrays, *start)
-    dy = (jnp.ones_like(streams.read(y1)), jnp.ones_like(streams.read(y2)))
+    start = StreamPair(*streams.enter(*halves))
+    y, seen, _ = chain.advance(arrays, start)
+    dy = StreamPair(*(jnp.ones_like(streams.read(stream)) for stream in y))
     wanted = [is_inexact(a) for a in arrays]
-    end, dx, grads = chain.retreat(arrays, seen, (y1, y2), dy, {}, wanted)
+    end, dx, grads = chain.retreat(arrays, seen, y, dy, {}, wanted)
     pairs = [(streams.read(a), streams.read(b)) for a, b in zip(start, end, strict=True)]
     return [(jnp.max(jnp.abs(a - b), initial=0), jnp.max(jnp.abs(a), initial=0)) for a, b in pairs], (dx, grads)

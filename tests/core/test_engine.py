@@ -1,5 +1,6 @@
 """The two engines: who chooses, what an `apply` becomes under each, and what is left where JAX has moved a private name."""
 
+import functools
 import importlib
 import pkgutil
 import subprocess
@@ -15,7 +16,7 @@ from layers.core import compat, private
 from layers.function import engine
 from layers.function.function import Function
 from tests.core.functions import Linear, Mul, ScaledShare, Split, Wrong, floats
-from tests.support import assert_trees_close
+from tests.support import assert_trees_close, temp_bytes
 
 X = floats(4)
 ENGINES = {"linear": "custom_jvp_call", "custom_vjp": "custom_vjp_call"}
@@ -86,6 +87,32 @@ def test_forward_mode_is_refused_by_the_engine_of_custom_vjp(ways):
 def test_refused_forward_mode_names_the_function_and_the_engine():
     with layers.engine("custom_vjp"), pytest.raises(TypeError, match=r"Split: forward mode .*the engine 'custom_vjp'.*layers.engine\('linear'\)"):
         jax.jvp(Split.apply, (X,), (X,))
+
+
+def summed(loss, w, batches):
+    return jax.lax.scan(lambda total, x: (total + jax.grad(loss)(w, x), None), jnp.zeros_like(w), batches)[0]
+
+
+def summed_in_a_ref(loss, w, batches):
+    ref = jax.new_ref(jnp.zeros_like(w))
+
+    def step(_, x):
+        y, pull = jax.vjp(lambda w: loss(w, x), w)
+        pull.with_refs(ref)(jnp.ones_like(y))
+        return None, None
+
+    jax.lax.scan(step, None, batches)
+    return ref[...]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_gradients_accumulate_into_a_ref_in_the_memory_of_a_sum(name):
+    w, batches = floats(16, 8), floats(3, 4, 8, seed=1)
+    loss = lambda w, x: jnp.sin(Linear.apply(x, w)).sum()
+    with layers.engine(name):
+        ways = [functools.partial(way, loss) for way in (summed, summed_in_a_ref)]
+        np.testing.assert_allclose(jax.jit(ways[1])(w, batches), jax.jit(ways[0])(w, batches), rtol=1e-5, atol=1e-6)
+        assert temp_bytes(ways[1], w, batches) <= temp_bytes(ways[0], w, batches)
 
 
 def test_error_of_a_rule_is_not_taken_for_forward_mode():
