@@ -96,6 +96,11 @@ def match_placement(x: jax.Array, aval: Any) -> jax.Array:
     return x if jax.typeof(x).sharding == sharding else jax.sharding.reshard(x, sharding)
 
 
+def is_staged() -> bool:
+    """Whether operations become part of a program that is traced, be it within a transformation, and are not computed at once."""
+    return isinstance(jax.lax.iota(jnp.int32, 1), Tracer)
+
+
 def is_explicit(aval: Any) -> bool:
     """Whether a type says that it is sharded over explicit axes of a mesh."""
     sharding = getattr(aval, "sharding", None)

@@ -69,6 +69,7 @@ class Rewritten:
     def __init__(self, fn: Callable[..., Any], names: tuple[str, ...]):
         functools.update_wrapper(self, fn)
         self._fn, self._names = fn, names
+        self._called: set[Any] = set()
         self._jitted = jax.jit(self._run, static_argnums=0, inline=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,10 +77,22 @@ class Rewritten:
         graph, state = nnx.split(tuple(modules))
         held = variables_of(modules)
         signature, arrays = _divide((given, state), graph)
-        run = self._jitted if signature.is_hashable else self._run
+        run = self._run if self._is_new(signature, arrays) else self._jitted
         out, changed = run(signature, *arrays)
         write_back(modules, held, changed)
         return out
+
+    def _is_new(self, signature: Signature, arrays: Sequence[Any]) -> bool:
+        """Whether to trace in place: where nothing can be cached, or a larger program is traced that calls it for the first time.
+
+        By way of jit each rule would be traced as it is and once more to be differentiated; later calls take that from the cache.
+        """
+        if not signature.is_hashable:
+            return True
+        call = signature, tuple(map(jax.typeof, arrays))
+        is_new = call not in self._called and compat.is_staged()
+        self._called.add(call)
+        return is_new
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)

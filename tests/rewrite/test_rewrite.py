@@ -180,3 +180,16 @@ def test_body_of_shard_map_is_entered():
     mapped = jax.shard_map(lambda p, t: jax.lax.pmean(plain_llama.loss(p, t), "d"), mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
     report = layers.rewrite(mapped).report(PARAMS, jnp.zeros((8, 9), int))
     assert {r.name for r in report.replaced if "in shard_map" in r.layer} >= {"gated_mlp", "product"}
+
+
+def test_a_larger_program_traces_it_in_place_first_and_then_from_the_cache():
+    traced = []
+
+    def f(x):
+        traced.append(isinstance(x, jax.core.Tracer))
+        return jax.nn.silu(x).sum()
+
+    g = layers.rewrite(f)
+    program = jax.make_jaxpr(lambda x: jax.grad(g)(x) + jax.grad(g)(x) + jax.grad(g)(x))(jnp.ones(4))
+    assert traced == [True] * 2
+    assert not any(e.primitive.name in ("jit", "pjit") and e.params["name"] == "f" for e in program.jaxpr.eqns)
