@@ -53,29 +53,30 @@ def _offsets_of(offset: Any, batch: int) -> jax.Array:
 
 
 def hidden_of(
-    q: jax.Array, k: jax.Array, mask: Any, query_lengths: Any, key_lengths: Any, segment_ids: Any, offsets: Any, rate: Any, key: Any
+    q: jax.Array, k: jax.Array, mask: Any, query_lengths: Any, key_lengths: Any, segment_ids: Any, offsets: Any, rate: Any, key: Any, spared: Any
 ) -> Hidden:
     query_segments, key_segments = segments_of(segment_ids, q, k)
     return Hidden(
-        mask=mask_of(mask, q, k),
+        mask=mask_of("mask", mask, q, k),
         query_lengths=lengths_of("query_seq_lengths", query_lengths, q.shape[0]),
         key_lengths=lengths_of("key_value_seq_lengths", key_lengths, q.shape[0]),
         query_segments=query_segments,
         key_segments=key_segments,
         offsets=offsets,
-        words=words_of(rate, key),
+        words=words_of(rate, key, spared),
         rate=rate if isinstance(rate, jax.Array) else None,
+        spared=mask_of("dropout_mask", spared, q, k),
     )
 
 
-def mask_of(x: Any, q: jax.Array, k: jax.Array) -> jax.Array | None:
-    x = checks.array(WHO, "mask", x, "mask", optional=True)
+def mask_of(what: str, x: Any, q: jax.Array, k: jax.Array) -> jax.Array | None:
+    x = checks.array(WHO, what, x, "mask", optional=True)
     if x is not None and jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
-            f"{WHO}: mask is of dtype {x.dtype}, but must be of bool or integers: mask != 0 of zeros and ones, "
-            "or give numbers that are added to the scores as bias"
+            f"{WHO}: {what} is of dtype {x.dtype}, but must be of bool or integers: {what} != 0 of zeros and ones"
+            + ", or give numbers that are added to the scores as bias" * (what == "mask")
         )
-    return _plane("mask", None if x is None else x != 0, q, k)
+    return _plane(what, None if x is None else x != 0, q, k)
 
 
 def bias_of(x: Any, q: jax.Array, k: jax.Array) -> jax.Array | None:
@@ -119,10 +120,12 @@ def sinks_of(sinks: Any, heads: int) -> jax.Array | None:
     return sinks
 
 
-def words_of(rate: Any, key: Any) -> jax.Array | None:
+def words_of(rate: Any, key: Any, spared: Any) -> jax.Array | None:
     key = checks.key(WHO, "dropout_key", key, optional=True)
-    if is_known(rate, 0):
+    if key is not None and spared is not None:
+        raise ValueError(f"{WHO}: dropout_key and dropout_mask both say which weights are dropped: leave one out")
+    if is_known(rate, 0) or spared is not None:
         return None
     if key is None:
-        raise ValueError(f"{WHO}: dropout_rate is above 0, so give dropout_key, a key of jax.random")
+        raise ValueError(f"{WHO}: dropout_rate is above 0, so give dropout_key, a key of jax.random, or dropout_mask")
     return jax.random.key_data(key).astype(jnp.uint32).reshape(-1)

@@ -44,7 +44,7 @@ def describe(q: Any, k: Any, v: Any, bias: Any, sinks: Any, hidden: Hidden, opti
         segments=hidden.query_segments is not None,
         offsets=hidden.offsets is not None,
         sinks=sinks is not None,
-        dropout=hidden.words is not None,
+        dropout=hidden.drops,
         cap=options.cap,
         varies=varies((q, k, v)),
         mesh=mesh_of(q, k, v),

@@ -145,6 +145,7 @@ def dot_product_attention(
     sinks: Float[Array, " heads"] | None = None,
     dropout_rate: float | Float[Array, ""] = 0.0,
     dropout_key: Any = None,
+    dropout_mask: Bool[Array, "..."] | None = None,
     broadcast_dropout: bool = False,
     return_logsumexp: bool = False,
     query_offset: int | Int[Array, "*#batch"] = 0,
@@ -176,6 +177,7 @@ def dot_product_attention(
         dropout_rate: the probability that a weight is set to zero, in [0, 1); the others are divided by 1 - dropout_rate. May be traced; it has no
             gradient.
         dropout_key: a key of `jax.random`. The weights dropped are a hash of it and their place, computed again in backward.
+        dropout_mask: in place of a key: False where a weight is dropped, drawn outside and kept for backward; shaped like `bias`.
         broadcast_dropout: whether all heads and batch elements drop the same weights.
         return_logsumexp: whether to return the logarithm of the sum of exp(score), too.
         query_offset: the place of the first query among the keys, for `is_causal` and `local_window_size`: kv_time - time lets the last query
@@ -196,7 +198,7 @@ def dot_product_attention(
     wants_logsumexp = checks.flag(who, "return_logsumexp", return_logsumexp) or checks.flag(who, "return_residual", return_residual)
     rate = checks.number(who, "dropout_rate", dropout_rate, "[0, 1)", traced=True)
     low, high, offsets = arguments.bounds_of(is_causal, local_window_size, query_offset, q.shape[0])
-    hidden = arguments.hidden_of(q, k, mask, query_seq_lengths, key_value_seq_lengths, segment_ids, offsets, rate, dropout_key)
+    hidden = arguments.hidden_of(q, k, mask, query_seq_lengths, key_value_seq_lengths, segment_ids, offsets, rate, dropout_key, dropout_mask)
     bias, sinks = arguments.bias_of(bias, q, k), arguments.sinks_of(sinks, q.shape[2])
     cap = checks.number(who, "logit_soft_cap", logit_soft_cap, "(0, inf)", optional=True)
     scale = checks.number(who, "scale", scale, traced=True, optional=True)

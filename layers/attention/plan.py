@@ -24,7 +24,10 @@ FAR, ROOM = (1024, 1024), 8
 
 
 class Hidden(NamedTuple):
-    """The arrays that decide which scores are left out, and which weights are dropped; the rate only where it is an array."""
+    """The arrays that decide which scores are left out, and which weights are dropped: words of a key, or those that are spared.
+
+    The rate is here only where it is an array.
+    """
 
     mask: Any = None
     query_lengths: Any = None
@@ -34,6 +37,11 @@ class Hidden(NamedTuple):
     offsets: Any = None
     words: Any = None
     rate: Any = None
+    spared: Any = None
+
+    @property
+    def drops(self) -> bool:
+        return self.words is not None or self.spared is not None
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Options:
         scale: of the scores.
         cap: a score s becomes cap tanh(s / cap); None for s.
         low, high: bounds of the query's position less the key's; None for no bound.
-        rate: the probability that a weight is dropped, where there are words of a key and no such array.
+        rate: the probability that a weight is dropped, where weights are dropped and no such array is given.
         shared_dropout: whether all heads and batch elements drop the same weights.
         blocks: the sizes of the blocks of queries and keys; None to choose.
         implementation: "xla", or the kernel that computes the call.

@@ -188,18 +188,21 @@ class Tile:
         return jnp.where(jnp.isfinite(x).all(-1), 0, jnp.nan).astype(wide(x.dtype))
 
     def multiplier(self, dtype: Any) -> jax.Array | None:
-        """What dropout multiplies the weights by, 0 or 1 / (1 - rate): a hash of batch element, head and positions."""
-        grid, words = self.grid, self.grid.hidden.words
-        if words is None:
+        """What dropout multiplies the weights by, 0 or 1 / (1 - rate): as given, or a hash of batch element, head and positions."""
+        hidden, rate = self.grid.hidden, self.grid.options.rate if self.grid.hidden.rate is None else self.grid.hidden.rate
+        if not hidden.drops:
             return None
-        rate = grid.options.rate if grid.hidden.rate is None else grid.hidden.rate
+        kept = self._spared(hidden.words, rate) if hidden.spared is None else self.plane(hidden.spared)
+        return kept.astype(dtype) / jnp.asarray(1 - rate, dtype)
+
+    def _spared(self, words: jax.Array, rate: Any) -> jax.Array:
+        grid = self.grid
         first, second = words[0], words[-1]
         planes = (1, 1, 1) if grid.options.shared_dropout else grid.planes
         plane = jnp.arange(np.prod(planes), dtype=jnp.uint32).reshape(*planes, 1, 1)
         of_rows = mix(mix(plane ^ first) + self.position(0)[:, None].astype(jnp.uint32))
         of_columns = mix(self.position(1).astype(jnp.uint32) ^ mix(second + jnp.uint32(ODD)))
-        kept = spared(mix(of_rows ^ of_columns), rate)
-        return kept.astype(dtype) / jnp.asarray(1 - rate, dtype)
+        return spared(mix(of_rows ^ of_columns), rate)
 
 
 def _all(found: list[jax.Array]) -> jax.Array | None:

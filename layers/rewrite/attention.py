@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from layers.attention.dot_product_attention import dot_product_attention
 from layers.core.numerics import wide
 from layers.rewrite.axes import Atom, Axis, arrange, dot_axes, flat, leaves, length, restore, through
+from layers.rewrite.dropped import Dropout
 from layers.rewrite.graph import Node, Value, widens
 from layers.rewrite.masks import Band, Mask, conjuncts, static_band
 from layers.rewrite.match import Match, Nearly, given, need
@@ -80,7 +81,7 @@ def _find(n: Node, softmax: Softmax, *, see: bool) -> Match:
         scores.take(step)
     scores.finish()
     keys = [scores.axes[i] for i in softmax.axes]
-    weights, axes = _weights(n.out, scores, softmax.axes, nodes)
+    weights, axes, dropout = _weights(n.out, scores, softmax.axes, nodes)
     values_product = given(weights.only_user, "the weights are read elsewhere too")
     side = values_product.inputs.index(weights)
     need(is_product(values_product) and values_product.inputs[1 - side] is not weights, "the product with the values has a precision of its own")
@@ -89,23 +90,26 @@ def _find(n: Node, softmax: Softmax, *, see: bool) -> Match:
     contracted = values_product.params["dimension_numbers"][0][side]
     need({x for i in contracted for x in leaves(axes[i])} == set(flat(keys)), "the softmax is not over what the product with the values sums over")
     nodes.add(values_product)
-    return _assemble(q, k, v, flat(features), flat(keys), scores, out_axes, values_product.out)
+    return _assemble(q, k, v, flat(features), flat(keys), scores, dropout, out_axes, values_product.out)
 
 
-def _weights(weights: Value, scores: Scores, over: Sequence[int], nodes: set[Node]) -> tuple[Value, list[Axis]]:
-    """The weights as they go into the product with the values, with their axes."""
+def _weights(weights: Value, scores: Scores, over: Sequence[int], nodes: set[Node]) -> tuple[Value, list[Axis], Dropout]:
+    """The weights as they go into the product with the values, with their axes and what dropped some."""
+    dropout = Dropout()
     axes = scores.axes
     cut = scores.sink is None
     while True:
         u = given(weights.only_user, "the weights are read elsewhere too")
         if u.name == "dot_general":
             need(cut, "the column of the sink goes into the product with the values")
-            return weights, axes
+            dropout.finish()
+            return weights, axes, dropout
         if u.name == "slice" and not cut:
             need(_drops_last_column(u, over), "the weights are cut")
             cut = True
         elif u.name in ("mul", "div", "select_n"):
-            raise Nearly("the weights are dropped at random, or changed, before the product with the values: its masks cannot be made again")
+            need(cut, "the column of the sink is dropped too")
+            dropout.take(u, weights, axes)
         else:
             need(u.name in LAYOUT or widens(u), f"the weights go through {u.name} before the product with the values")
             axes = given(through(u, axes), "the axes of the weights are lost")
@@ -120,7 +124,9 @@ def _drops_last_column(n: Node, over: Sequence[int]) -> bool:
     return len(over) == 1 and list(p["limit_indices"]) == ends and not any(p["start_indices"]) and p["strides"] is None
 
 
-def _assemble(q: Operand, k: Operand, v: Operand, features: list[Atom], keys: list[Atom], scores: Scores, out_axes: list[Axis], out: Value) -> Match:
+def _assemble(
+    q: Operand, k: Operand, v: Operand, features: list[Atom], keys: list[Atom], scores: Scores, dropout: Dropout, out_axes: list[Axis], out: Value
+) -> Match:
     if not set(keys) <= set(k.atoms) or set(keys) & set(q.atoms):
         q, k = k, q  # the keys may be the first operand of the product
     fits = set(keys) <= set(k.atoms) and not set(keys) & set(q.atoms) and features
@@ -141,9 +147,13 @@ def _assemble(q: Operand, k: Operand, v: Operand, features: list[Atom], keys: li
     if scores.sink is not None:
         need(set(flat(scores.sink.axes)) <= {*roles.heads, *roles.groups}, "the sink is not one number for each head")
         need(not given, "a sink beside a mask that depends on the arguments")
-    rule = Rule(roles, (q.axes, k.axes, v.axes), scores, band, given, out_axes, out)
+    need(set(flat(dropout.axes or [])) <= {x for g in roles.plane for x in g}, "the mask of dropout has an axis that the weights do not have")
+    counts = dropout.value is not None and any(m.low != -math.inf for m in given)
+    need(not (counts and scores.terms), "dropout, a bias and a mask of which a query may see nothing")
+    rule = Rule(roles, (q.axes, k.axes, v.axes), scores, band, given, dropout, out_axes, out)
     inputs = [q.value, k.value, v.value, *(t.value for t in scores.terms), *([scores.sink.value] if scores.sink else [])]
     inputs += [m.value for m in given if m.value is not None]
+    inputs += [dropout.value] if dropout.value is not None else []
     return Match("dot_product_attention", scores.nodes, inputs, [out], rule, keeps=rule.keeps, detail=rule.detail, holds=[*inputs, out])
 
 
@@ -173,21 +183,25 @@ def _split_masks(masks: list[Mask], roles: Roles) -> tuple[Band, list[Mask]]:
 class Rule:
     """Computes what the pattern does, by `dot_product_attention`."""
 
-    def __init__(self, roles: Roles, axes: Any, scores: Scores, band: Band, masks: list[Mask], out_axes: list[Axis], out: Value):
-        self.roles, self.axes, self.scores, self.band, self.masks, self.out_axes, self.out = roles, axes, scores, band, masks, out_axes, out
+    def __init__(self, roles: Roles, axes: Any, scores: Scores, band: Band, masks: list[Mask], dropout: Dropout, out_axes: list[Axis], out: Value):
+        self.roles, self.axes, self.scores, self.band, self.masks, self.dropout = roles, axes, scores, band, masks, dropout
+        self.out_axes, self.out = out_axes, out
 
     @property
     def keeps(self) -> int:
         r = self.roles
         rows = math.prod(length(x) for x in (r.batch, r.heads, r.groups, r.queries))
         lost = self.out.size * 4 if self.out.dtype.itemsize < 4 else 0
-        return rows * 4 + lost
+        drawn = self.dropout.value.bytes if self.dropout.value is not None else 0
+        return rows * 4 + lost + drawn
 
     @property
     def detail(self) -> str:
         s = self.scores
         cap = f", cap {s.cap:g}" if s.cap else ""
-        rest = ", mask" * bool(self.masks) + ", bias" * bool(s.terms) + ", sinks" * (s.sink is not None)
+        rest = (
+            ", mask" * bool(self.masks) + ", bias" * bool(s.terms) + ", sinks" * (s.sink is not None) + ", dropout" * (self.dropout.value is not None)
+        )
         return f"scale {s.scale:.4g}{self.band}{cap}{rest}"
 
     def __call__(self, q: Any, k: Any, v: Any, *rest: Any) -> list[Any]:
@@ -205,9 +219,15 @@ class Rule:
         if s.sink is not None:
             sinks = jnp.broadcast_to(arrange(rest_.pop(0), s.sink.axes, [heads])[: length(heads)], (length(heads),)).astype(wide(dtype))
         mask = self._mask(rest_)
-        options = {"is_causal": self.band.is_causal, "local_window_size": self.band.window, "logit_soft_cap": s.cap}
+        drop = self._drop(rest_)
+        options = {"is_causal": self.band.is_causal, "local_window_size": self.band.window, "logit_soft_cap": s.cap, **drop}
+        blind = mask is not None and any(m.low != -math.inf for m in self.masks)
+        if blind and drop:  # what a row that sees nothing drops counts: its scores become 0
+            mask, sees = self._seen(mask, q.shape[1], k.shape[1])
+            q, mask = jnp.where(sees, q, 0), mask | ~mask.any(-1, keepdims=True)
+            options |= {"is_causal": False, "local_window_size": None}
         y = dot_product_attention(q, k, v, bias, mask, scale=s.scale, sinks=sinks, **options)
-        if mask is not None and any(m.low != -math.inf for m in self.masks):
+        if blind and not drop:
             y = self._of_blind_rows(y, mask, v)
         return [restore(y, [r.batch, r.queries, heads, r.value_features], self.out_axes, self.out.shape).astype(self.out.dtype)]
 
@@ -220,12 +240,23 @@ class Rule:
             planes.append(~plane if m.inverted else plane)
         return functools.reduce(jnp.logical_and, planes) if planes else None
 
-    def _of_blind_rows(self, y: Any, mask: Any, v: Any) -> Any:
-        """A row that sees nothing has the same score everywhere, hence the mean of all values."""
+    def _drop(self, values: list[Any]) -> dict[str, Any]:
+        d = self.dropout
+        if d.value is None:
+            return {}
+        plane = arrange(values.pop(0), d.axes or [], self.roles.plane)
+        return {"dropout_rate": d.rate, "dropout_mask": ~plane if d.inverted else plane}
+
+    def _seen(self, mask: Any, queries: int, keys: int) -> tuple[Any, Any]:
+        """(mask, which queries see a key, laid out as those): what is seen by the mask and within the bounds."""
         low, high = self.band
-        d = jnp.arange(v.shape[1])[None] - jnp.arange(y.shape[1])[:, None]
+        d = jnp.arange(keys)[None] - jnp.arange(queries)[:, None]
         seen = mask if low is None else mask & (d >= low)
         seen = seen if high is None else seen & (d <= high)
-        sees = jnp.swapaxes(seen.any(-1), 1, 2)[..., None]
+        return seen, jnp.swapaxes(seen.any(-1), 1, 2)[..., None]
+
+    def _of_blind_rows(self, y: Any, mask: Any, v: Any) -> Any:
+        """A row that sees nothing has the same score everywhere, hence the mean of all values."""
+        _, sees = self._seen(mask, y.shape[1], v.shape[1])
         mean = v.mean(1, keepdims=True, dtype=wide(v.dtype)).astype(y.dtype)
         return jnp.where(sees, y, jnp.repeat(mean, y.shape[2] // v.shape[2], 2))

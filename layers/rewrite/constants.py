@@ -34,8 +34,8 @@ def array_of(v: Value) -> np.ndarray | None:
         return None if hidden else np.asarray(v.const, v.dtype)
     if not is_static(v) or v.node is None:
         return None
-    args = [array_of(x) for x in v.node.inputs]
-    if any(a is None for a in args):
+    args = [a for x in v.node.inputs if (a := array_of(x)) is not None]
+    if len(args) < len(v.node.inputs):
         return None
     for o, x in zip(v.node.outputs, fold(v.node, args), strict=True):
         o.const = x

@@ -194,6 +194,22 @@ def test_dropout_drops_the_same_weights_in_backward(shared: bool, small_blocks: 
         assert_trees_close(got, want, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(BATCH, HEADS, TIME, KV_TIME), (TIME, KV_TIME)])
+def test_weights_that_a_mask_drops_are_dropped(shape: tuple[int, ...], small_blocks: None) -> None:
+    with jax.enable_x64(True):
+        args, kept, rate = arrays(jnp.float64), np.random.default_rng(0).random(shape) > 0.3, 0.3
+
+        def ours(q, k, v):
+            return dot_product_attention(q, k, v, dropout_rate=rate, dropout_mask=kept, return_logsumexp=True)
+
+        def expected(q, k, v):
+            return direct(q, k, v, multiplier=np.broadcast_to(kept / (1 - rate), (BATCH, HEADS, TIME, KV_TIME)))
+
+        run = lambda f: lambda *args: jax.jvp(jax.value_and_grad(lambda *a: finite(f(*a)), (0, 1, 2)), args, args)
+        got, want = (jax.jit(run(f))(*args) for f in (ours, expected))
+        assert_trees_close(got, want, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropped_weights_are_as_many_as_the_rate_says_and_independent(rate: float) -> None:
     n = 256
@@ -472,6 +488,9 @@ WRONG = [
     (ValueError, "segment_ids", {"segment_ids": jnp.zeros((BATCH, TIME), int)}),
     (ValueError, "dropout_rate", {"dropout_rate": 1.0}),
     (ValueError, "dropout_key", {"dropout_rate": 0.5}),
+    (ValueError, "both say which weights", {"dropout_rate": 0.5, "dropout_key": jax.random.key(0), "dropout_mask": jnp.ones((1, 1), bool)}),
+    (TypeError, "dropout_mask is of dtype float32", {"dropout_rate": 0.5, "dropout_mask": jnp.ones((1, 1))}),
+    (ValueError, "dropout_mask has shape", {"dropout_rate": 0.5, "dropout_mask": jnp.ones((17, 1), bool)}),
     (ValueError, "dropout_key has shape", {"dropout_rate": 0.5, "dropout_key": jax.random.split(jax.random.key(0), 3)}),
     (ValueError, "dropout_key has shape", {"dropout_rate": 0.5, "dropout_key": jnp.zeros((3, 2), jnp.uint32)}),
     (TypeError, "dropout_key is an array float32", {"dropout_rate": 0.5, "dropout_key": jnp.array([0.1, 0.2])}),
