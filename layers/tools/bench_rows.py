@@ -58,10 +58,14 @@ def key_of(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def merged(new: dict[str, Any], old: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """`new`, with the rows of `old` that were not run again, in the order of `names`; a row that was only compiled keeps its times."""
+    """`new`, with the rows of `old` that were not run again, in the order of `names`; a row that was only compiled keeps its times.
+
+    The machine is that of `old` as long as a row of it is kept.
+    """
     before = {key_of(r): r for r in old["rows"]}
     rows = before | {key_of(r): with_times(r, before.get(key_of(r))) for r in new["rows"]}
-    machine = new["machine"] if new["machine"]["matmul_flops"] or not old["machine"] else old["machine"]
+    kept = {k for k in before if k[0] in names} - set(map(key_of, new["rows"]))  # their ratios to the machine's limits are to those that stand there
+    machine = old["machine"] if old["machine"] and (kept or not new["machine"]["matmul_flops"]) else new["machine"]
     ordered = sorted((k for k in rows if k[0] in names), key=lambda k: (names.index(k[0]), k[1] != "float32"))
     return {"machine": machine, "rows": [rows[k] for k in ordered]}
 

@@ -26,6 +26,9 @@ from layers.norms.layer_norm import layer_norm
 from layers.norms.rms_norm import rms_norm
 from layers.perceptrons.gated_mlp import gated_mlp
 from layers.perceptrons.mlp import mlp
+from layers.quantization.residual_vector_quantize import residual_vector_quantize
+from layers.quantization.vector_quantize import vector_quantize
+from tests.families import BLOCKS, names_of_layers_that_call
 from tests.support import assert_trees_close
 
 pytestmark = pytest.mark.devices(8)
@@ -60,9 +63,17 @@ CASES = {
         (KERNEL,),
     ),
     "linear_dpo": (lambda c, r, y, k: linear_dpo(c, r, k, y, y[:, ::-1], r, c, k, block_size=6), (HIDDEN, OTHER, LABELS), (KERNEL,)),
+    "vector_quantize": (lambda x, k: vector_quantize(x, k)[0], (HIDDEN,), (KERNEL.T,)),
+    "residual_vector_quantize": (lambda x, k: residual_vector_quantize(x, [k, k / 2])[0], (HIDDEN,), (KERNEL.T,)),
     "mlp": (partial(mlp, block_size=6), (HIDDEN,), (UP, DOWN)),
     "gated_mlp": (partial(gated_mlp, block_size=6), (HIDDEN,), (UP, GATE, DOWN)),
 }
+
+
+def test_every_layer_that_goes_in_blocks_is_here():
+    assert names_of_layers_that_call(BLOCKS) <= {name.split()[0] for name in CASES}
+
+
 ON_EXPLICIT_AXES = ("layer_norm", "linear_cross_entropy", "linear_dpo", "mlp")
 MESHES = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 

@@ -15,12 +15,17 @@ from layers.losses.linear_jsd import linear_jsd
 from layers.losses.softmax_cross_entropy import softmax_cross_entropy
 from layers.norms.add_layer_norm import add_layer_norm
 from layers.norms.add_rms_norm import add_rms_norm
+from layers.norms.batch_norm import batch_norm
+from layers.norms.group_norm import group_norm
 from layers.norms.layer_norm import layer_norm
 from layers.norms.rms_norm import rms_norm
 from layers.perceptrons.gated_mlp import gated_mlp
 from layers.perceptrons.mlp import mlp
+from layers.quantization.residual_vector_quantize import residual_vector_quantize
+from layers.quantization.vector_quantize import vector_quantize
 from layers.regularization.dropout import dropout
 from tests.core.functions import floats
+from tests.families import BLOCKS, names_of_layers_that_call
 from tests.support import assert_trees_close
 
 FEATURES, HIDDEN = 4, 6
@@ -44,10 +49,18 @@ LAYERS = {
     "linear_jsd": lambda x, w: linear_jsd(x, w, x, OTHER),
     "softmax_cross_entropy": lambda x, w: softmax_cross_entropy(x @ w, labels_of(x), label_smoothing=0.1),
     "softmax_cross_entropy of each row": lambda x, w: softmax_cross_entropy(x @ w, labels_of(x), reduction="none", block_size=2),
+    "batch_norm": lambda x, w: batch_norm(x, w[:, 0], w[:, 1])[0],
+    "group_norm": lambda x, w: group_norm(x, w[:, 0], w[:, 1], num_groups=2),
+    "vector_quantize": lambda x, w: vector_quantize(x, w.T)[0],
+    "residual_vector_quantize": lambda x, w: residual_vector_quantize(x, [w.T, w.T / 2])[0],
     "mlp": lambda x, w: mlp(x, w, OTHER.T),
     "mlp with a block size": lambda x, w: mlp(x, w, OTHER.T, block_size=2),
     "gated_mlp": lambda x, w: gated_mlp(x, w, w * w, OTHER.T),
 }
+
+
+def test_every_layer_that_goes_in_blocks_is_here():
+    assert names_of_layers_that_call(BLOCKS) <= {name.split()[0] for name in LAYERS}
 
 
 def exported(fn, *shapes):

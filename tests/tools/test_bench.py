@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from layers.tools import bench, bench_step, cli, goals_table, llama_step, measure, readme
+from layers.tools import bench, bench_rows, bench_step, cli, goals_table, llama_step, measure, readme
 from layers.tools.bench_rows import layer_row, with_times
 from layers.tools.cases import CASES, goals
 from layers.tools.cases.case import forward_and_backward
@@ -60,6 +60,14 @@ def test_row_holds_exact_memory_and_its_ratio(tmp_path):
     ways = rows["rms_norm"]["ways"]
     assert ways["ours"]["temp_ratio"] == ways["ours"]["temp_bytes"] / ways["idiomatic"]["temp_bytes"] < 0.1
     assert ways["ours"]["seconds"] is None
+
+
+@pytest.mark.parametrize(("run_again", "machine"), [(["linear"], "old"), (["linear", "relu"], "new")])
+def test_machine_is_that_of_the_rows_that_were_not_run_again(run_again, machine):
+    row = lambda name: {"name": name, "ways": {"idiomatic": {"seconds": 1.0}}}
+    results = lambda which, names: {"machine": {"processor": which, "matmul_flops": 1e9}, "rows": list(map(row, names))}
+    merged = bench_rows.merged(results("new", run_again), results("old", ["linear", "relu"]), ["linear", "relu"])
+    assert merged["machine"]["processor"] == machine
 
 
 def test_unknown_row_is_an_error():
