@@ -53,11 +53,11 @@ class GroupNormFunction(Function):
         group, scale_w = replace(over, axes=(-1,)), as_computed(scale, ctx.dtype)
         spread = lambda sums: _by_feature(group.total(_grouped(affine(sums, scale_w, None), num_groups)), x.shape[-1])
 
-        dy, (centred, factor) = as_computed(dy, ctx.dtype), standard_factors(as_computed(x, ctx.dtype), mean, root, mask)  # x̂ is their product
-        sum_dy, sum_dy_xhat = dy.sum(space, keepdims=True), (dy * centred).sum(space, keepdims=True) * factor
+        dy, (centred, factor) = as_computed(dy, ctx.dtype), standard_factors(as_computed(x, ctx.dtype), mean, root, mask)  # x̂ = factor centred factor
+        sum_dy, sum_dy_xhat = dy.sum(space, keepdims=True), ((dy * factor) * centred).sum(space, keepdims=True) * factor
         weight = over.weight(_grouped(centred, num_groups), _grouped(mask, num_groups))
         weight = weight if isinstance(weight, float) else weight.reshape(x.shape)
-        dx = by_root(affine(dy, scale_w, None) - weighted(spread(sum_dy) + (spread(sum_dy_xhat) * factor) * centred, weight), root)
+        dx = by_root(affine(dy, scale_w, None) - weighted(spread(sum_dy) + (spread(sum_dy_xhat) * factor * factor) * centred, weight), root)
         batch = tuple(range(x.ndim - 1))
         return dx, None if scale is None else sum_dy_xhat.sum(batch), sum_dy.sum(batch) if ctx.has_bias else None, None, None, None, None, None
 

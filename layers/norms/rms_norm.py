@@ -43,10 +43,11 @@ class RMSNormFunction(Function):
         refuse_gradient("rms_norm", "epsilon", ctx.needs_input_grad[2])
 
         def grads(dy, x, root):
-            dy, (xs, by) = as_computed(dy, dtype), standard_factors(as_computed(x, dtype), None, root, mask)  # x̂ = xs by
-            g = affine(dy, factor(scale, ctx.scale_offset, dtype), None)
-            dx = by_root(g - weighted(xs * (over.total(g * xs) * by * by), over.weight(xs, mask)), root)
-            return dx.astype(x.dtype), statistics.sum_to(dy * xs * by, scale)
+            dy, (xs, by) = as_computed(dy, dtype), standard_factors(as_computed(x, dtype), None, root, mask)  # x̂ = by xs by
+            by_scale, products = factor(scale, ctx.scale_offset, dtype), dy * (xs * by)
+            along = over.total(affine(products, by_scale, None)) * by
+            dx = by_root(affine(dy, by_scale, None) - weighted(xs * (along * by * by), over.weight(xs, mask)), root)
+            return dx.astype(x.dtype), statistics.sum_to(products * by, scale)
 
         if mask is None and over.by_rows() and statistics.has_blocks(x):
             dx, dscale = statistics.in_row_blocks(grads, (dy, x, root))

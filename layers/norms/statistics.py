@@ -26,7 +26,8 @@ from layers.core.blocks import block_size
 from layers.core.deferred import scan_blocks_deferred
 from layers.core.machine import UNLIMITED, choose
 from layers.core.numerics import wide
-from layers.core.roots import mean_root, reciprocal_factors, where_finite
+from layers.core.roots import mean_root, reciprocal_factors, where_exact
+from layers.core.sharding import on_one_device
 
 BLOCK_BYTES = 1 << 19
 """Of one float32 array in a block of rows, on a CPU: two or three of them stay in a core's cache. An accelerator takes all rows in one."""
@@ -67,20 +68,27 @@ class Over:
     def mean(self, x: jax.Array, weight: Any) -> jax.Array:
         return self.total(x) * weight if isinstance(weight, float) else self.total(weighted(x, weight))
 
+    def centre(self, x: jax.Array, weight: Any) -> jax.Array:
+        """The mean, as the first element and the mean of the differences from it: of equal numbers that number, not one beside it."""
+        if not isinstance(weight, float) or self.axis_name is not None or x.size == 0 or not on_one_device(x):
+            return self.mean(x, weight)
+        first = x[tuple(slice(1) if a in self.axes else slice(None) for a in range(-x.ndim, 0))]
+        return first + self.total(x - first) * weight
+
     def root(self, x: jax.Array, weight: Any, epsilon: Any) -> jax.Array:
         """(mean(x²) + epsilon)^1/2."""
-        return where_finite(lambda scale: (mean_root(self.mean(jnp.square(_times(x, scale)), weight), epsilon, scale),), x.dtype)[0]
+        return where_exact(lambda scale: (mean_root(self.mean(jnp.square(_times(x, scale)), weight), epsilon, scale),), x.dtype, epsilon)[0]
 
     def moments(self, x: jax.Array, weight: Any, epsilon: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Mean, variance and (variance + epsilon)^1/2."""
 
-        def of_multiple(scale: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-            mean = self.mean(_times(x, scale), weight)
+        def of_multiple(scale: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+            mean = (self.mean if self.fast else self.centre)(_times(x, scale), weight)
             var = self.mean(_square(x, None if self.fast else mean, scale), weight)
             var = jnp.maximum(var - mean * mean, 0) if self.fast else var
             return _times(mean, 1 / scale), _times(_times(var, 1 / scale), 1 / scale), mean_root(var, epsilon, scale)
 
-        return where_finite(of_multiple, x.dtype)
+        return where_exact(of_multiple, x.dtype, epsilon)
 
 
 ROWS = Over()
@@ -94,15 +102,22 @@ def as_computed(x: Any, dtype: Any) -> Any:
 
 def standardized(x: jax.Array, mean: Any, root: jax.Array, mask: Any = None) -> jax.Array:
     """x̂ = (x - mean) / root; 0 where the root is, and for what is masked and not finite, so that it gets nowhere. A mean of None is none."""
-    centred, factor = standard_factors(x, mean, root, mask)
-    return centred * factor
+    first, second = reciprocal_factors(root)
+    return _shown(_centred(x, mean, first), second, mask) * second
 
 
 def standard_factors(x: jax.Array, mean: Any, root: jax.Array, mask: Any = None) -> tuple[jax.Array, jax.Array]:
-    """What x̂ is the product of: an array like x, and one like root."""
+    """An array c like x and one like root, b, with x̂ = b c b: b g c neither overflows nor underflows where a gradient g times x̂ does not."""
     first, second = reciprocal_factors(root)
-    centred = x * first if mean is None else x * first - mean * first
-    return centred if mask is None else jnp.where((mask != 0) | jnp.isfinite(centred * second), centred, 0), second
+    return _shown(_centred(x, mean, first), second, mask), jnp.sqrt(second)
+
+
+def _centred(x: jax.Array, mean: Any, by: float) -> jax.Array:
+    return x * by if mean is None else x * by - mean * by
+
+
+def _shown(centred: jax.Array, by: jax.Array, mask: Any) -> jax.Array:
+    return centred if mask is None else jnp.where((mask != 0) | jnp.isfinite(centred * by), centred, 0)
 
 
 def by_root(x: jax.Array, root: jax.Array) -> jax.Array:
@@ -116,13 +131,17 @@ def weighted(x: jax.Array, weight: Any) -> jax.Array:
     return x * weight if isinstance(weight, float) else jnp.where(weight == 0, 0, x) * weight
 
 
-def _times(x: jax.Array, scale: float) -> jax.Array:
-    return x if scale == 1.0 else x * scale
+def _is_one(scale: Any) -> bool:
+    return isinstance(scale, float) and scale == 1.0
 
 
-def _square(x: jax.Array, mean: jax.Array | None, scale: float) -> jax.Array:
+def _times(x: jax.Array, scale: Any) -> jax.Array:
+    return x if _is_one(scale) else x * scale
+
+
+def _square(x: jax.Array, mean: jax.Array | None, scale: Any) -> jax.Array:
     """(scale x - mean)², of which no multiple of x stands elsewhere: XLA would keep a whole array of it."""
-    if scale == 1.0:
+    if _is_one(scale):
         return jnp.square(x if mean is None else x - mean)
     if mean is None:
         return (x * (scale / 2)) * (x * (scale * 2))

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from layers.core.numerics import wide
-from layers.core.roots import mean_root, reciprocal_factors, where_finite
+from layers.core.roots import mean_root, reciprocal_factors, where_exact
 
 
 def normalize(x: jax.Array, epsilon: Any) -> tuple[jax.Array, jax.Array]:
     """x̂ and root, of float32 or wider; both 0 for a row of zeros without epsilon."""
     x = x.astype(wide(x.dtype))
-    square = lambda scale: jnp.square(x if scale == 1.0 else x * scale).mean(-1, keepdims=True)
-    (root,) = where_finite(lambda scale: (mean_root(square(scale), epsilon, scale),), x.dtype)
+    square = lambda scale: jnp.square(x * scale).mean(-1, keepdims=True)
+    (root,) = where_exact(lambda scale: (mean_root(square(scale), epsilon, scale),), x.dtype, epsilon)
     first, second = reciprocal_factors(root)
     return x * first * second, root
 

@@ -38,6 +38,37 @@ def test_huge_rows_are_normalised_as_in_float64(name, accelerator, monkeypatch):
     np.testing.assert_allclose(pull(jnp.cos(y))[0], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
+@EVERY
+def test_tiny_rows_without_epsilon_are_normalised_as_in_float64(name, accelerator, monkeypatch):
+    """Rows whose squares are 0, one that is ordinary, and one whose squares are lost in part."""
+    monkeypatch.setattr(roots, "on_accelerator", lambda: accelerator)
+    x = jnp.asarray(draw_normal(1, (4, 5)) * jnp.array([[1e-30], [1.0], [1e-33], [1e-19]]))
+    run = lambda x: ROWS[name](x, epsilon=0.0)
+    y, pull = jax.vjp(run, x)
+    with jax.enable_x64(True):
+        exact, exact_pull = jax.vjp(run, x.astype(jnp.float64))
+        expected = np.asarray(exact_pull(1e-9 * jnp.cos(exact))[0])
+    np.testing.assert_allclose(y, exact, rtol=1e-4, atol=1e-5)
+    largest = np.abs(expected).max(-1, keepdims=True)
+    np.testing.assert_allclose(np.asarray(pull(1e-9 * jnp.cos(y))[0], np.float64) / largest, expected / largest, atol=1e-4)
+
+
+@EVERY
+def test_huge_gradient_of_a_huge_row_is_that_of_float64(name):
+    x, dy = draw_normal(1, (2, 3, 300)) * jnp.array([1e30, 1e12])[:, None, None]
+    dx = jax.vjp(ROWS[name], x)[1](dy)[0]
+    with jax.enable_x64(True):
+        expected = np.asarray(jax.vjp(ROWS[name], x.astype(jnp.float64))[1](dy.astype(jnp.float64))[0])
+    np.testing.assert_allclose(dx, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6])
+@pytest.mark.parametrize("value", [0.1, 1e-10, 7.1e15])
+def test_row_of_equal_numbers_gives_zeros(value, epsilon):
+    np.testing.assert_array_equal(layers.layer_norm(jnp.full((2, 7), value), epsilon=epsilon), jnp.zeros((2, 7)))
+
+
 def test_huge_rows_are_normalised_in_blocks_too(monkeypatch):
     monkeypatch.setattr(statistics, "BLOCK_BYTES", 4 * 4 * 2)
     scale = jnp.ones(4)
