@@ -88,6 +88,24 @@ def full(length: int, value: float, layout: Any) -> jax.Array:
     return laid(jnp.full((length,), value, jnp.float32), layout)
 
 
+def shared(shape: tuple[int, ...] = (), dtype: Any = jnp.float32, *, arrivals: int = 0) -> Any:
+    """Shared memory of a block of threads, or a barrier that so many copies arrive at."""
+    return _plgpu().Barrier(num_arrivals=arrivals) if arrivals else _plgpu().SMEM(shape, dtype)
+
+
+def summed_rows(ref: Any) -> jax.Array:
+    """The sum of each row of 64 in shared memory."""
+    return load(ref, _plgpu().Layout.WGMMA).sum(axis=1)
+
+
+@functools.cache
+def pallas() -> Any:
+    """`jax.experimental.pallas`, imported when it is used."""
+    from jax.experimental import pallas
+
+    return pallas
+
+
 @functools.cache
 def _plgpu() -> Any:
     from jax.experimental.pallas import mosaic_gpu  # takes a second: not with `import layers`

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from layers.kernels.mosaic import LANES, full, iota, laid, load, run, strided
+from layers.kernels.mosaic import LANES, full, iota, laid, load, pallas, run, strided
 
 LEAST, TILE = LANES, 1024
 """Classes that there must be; columns that a block takes at once."""
@@ -95,7 +95,5 @@ def _tiles(columns: int) -> tuple[int, Any]:
 
 def _columns(i: jax.Array, columns: int, tile: int, layout: Any) -> tuple[Any, jax.Array]:
     """Those of tile i, and which of them no tile before it has."""
-    from jax.experimental import pallas as pl
-
     start = jnp.minimum(i * tile, columns - tile)
-    return pl.ds(start, tile), laid(start + iota(tile, layout) >= i * tile, layout)
+    return pallas().ds(start, tile), laid(start + iota(tile, layout) >= i * tile, layout)

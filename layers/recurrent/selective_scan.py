@@ -26,13 +26,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from layers.core import checks
+from layers.core import checks, machine
 from layers.core.elementwise import SILU
-from layers.core.machine import choose, on_accelerator
+from layers.core.machine import on_accelerator
 from layers.core.numerics import wide
 from layers.core.products import einsum
 from layers.core.recompute import barrier
 from layers.function.function import Function
+from layers.kernels.dispatch import NAMES, XLA, choose
+from layers.kernels.selective_scan import KERNELS
+from layers.recurrent import scan_by_kernel
 from layers.recurrent.arguments import check_inputs
 from layers.recurrent.loops import cut, fold_chunks, put, scan, with_first, without_first
 from layers.recurrent.recurrence import before, run, run_back
@@ -80,17 +83,23 @@ class _Chunk(NamedTuple):
 
 class SelectiveScanFunction(Function):
     @staticmethod
-    def forward(ctx, u, delta, a, b, c, d, z, bias, initial, resets, softplus, chunk):
+    def forward(ctx, u, delta, a, b, c, d, z, bias, initial, resets, softplus, chunk, implementation=XLA):
         inputs = Inputs(u, delta, a, b, c, d, z, bias, initial)
-        out, last, starts = _forward(inputs, resets, softplus, chunk)
+        if implementation == XLA:
+            out, last, starts = _forward(inputs, resets, softplus, chunk)
+        else:
+            out, last, starts = scan_by_kernel.forward(inputs, _parameters(inputs)[0], _first_state(inputs), softplus, implementation)
         ctx.save_for_backward(inputs, resets, starts)
-        ctx.softplus, ctx.chunk = softplus, chunk
+        ctx.softplus, ctx.chunk, ctx.implementation = softplus, chunk, implementation
         return out, last
 
     @staticmethod
     def backward(ctx, dout, dlast):
         (x, resets, starts), (dout, dlast) = barrier(ctx.saved_tensors, (dout, dlast))
         a, d = _parameters(x)
+        if ctx.implementation != XLA:
+            grads = scan_by_kernel.backward(x, a, starts, dout, dlast, ctx.softplus, ctx.implementation)
+            return *grads, None, None, None, None
         starts = with_first(starts, _first_state(x), x.u.shape[1], ctx.chunk)
 
         def step(carry, start, size, state):
@@ -119,12 +128,12 @@ class SelectiveScanFunction(Function):
         carry, _ = fold_chunks(step, carry, x.u.shape[1], ctx.chunk, starts, reverse=True, beside=(x, dout))
         dstate, da, dd, dbias, (du, ddelta, db, dc, dz) = carry
         dinitial = None if x.initial is None else jnp.swapaxes(dstate, 1, 2)
-        return du, ddelta, da.T, db, dc, None if x.d is None else dd, dz, None if x.bias is None else dbias, dinitial, None, None, None
+        return du, ddelta, da.T, db, dc, None if x.d is None else dd, dz, None if x.bias is None else dbias, dinitial, None, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
         x, resets, _ = ctx.saved_tensors
-        return jax.jvp(lambda x: _forward(x, resets, ctx.softplus, ctx.chunk)[:2], (x,), (Inputs(*tangents[:-3]),))[1]
+        return jax.jvp(lambda x: _forward(x, resets, ctx.softplus, ctx.chunk)[:2], (x,), (Inputs(*tangents[: len(Inputs._fields)]),))[1]
 
     @staticmethod
     def example(key, dtype):
@@ -254,6 +263,7 @@ def selective_scan(
     initial_state: Float[Array, "batch features state"] | None = None,
     return_last_state: bool = False,
     segment_ids: Int[Array, "batch time"] | None = None,
+    implementation: str | None = None,
 ) -> Any:
     """Runs h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t and reads y_t = C_t h_t + D u_t from it.
 
@@ -271,12 +281,14 @@ def selective_scan(
         return_last_state: whether to return the state after the last step too.
         segment_ids: packed sequences: where the id changes from one step to the next, the state starts again from 0; the first sequence starts
             from `initial_state`.
+        implementation: None takes the fastest that can do the call and was verified for it on what is compiled for; "xla" or "mosaic" (a kernel for
+            NVIDIA's Hopper) that one, with the derivatives of this layer at every order. `layers.implementations` says which and why.
 
     Returns:
         An array of the shape and dtype of `u`; with `return_last_state` also the last state, (batch, features, state), of float32 or wider.
 
     Raises:
-        ValueError: where a shape does not fit `u` and `A`.
+        ValueError: where a shape does not fit `u` and `A`, or for an implementation that cannot do the call.
         TypeError: where an argument is not of a real floating-point dtype, or `segment_ids` not of integers.
 
     Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023; the meanings of the arguments are those of
@@ -286,7 +298,9 @@ def selective_scan(
     given, _ = check_inputs(who, _NAMES, _AXES, arrays, required=5, sized=("u", "a"))
     softplus, keep = (checks.flag(who, *x) for x in (("delta_softplus", delta_softplus), ("return_last_state", return_last_state)))
     resets = resets_of(check_segment_ids(who, segment_ids, given.u.shape[:2], "(batch, time)", u=given.u), 1)
-    out, last = SelectiveScanFunction.apply(*given, resets, softplus, choose(CHUNK, FAR_CHUNK))
+    checks.choice("selective_scan", "implementation", implementation, (None, *NAMES))
+    way = choose("selective_scan", scan_by_kernel.describe(given, resets), KERNELS, implementation)
+    out, last = SelectiveScanFunction.apply(*given, resets, softplus, machine.choose(CHUNK, FAR_CHUNK), way)
     return (out, last) if keep else out
 
 

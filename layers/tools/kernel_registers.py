@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from layers.kernels import mosaic_cross_entropy
+from layers.kernels import mosaic_cross_entropy, mosaic_selective_scan
 from layers.tools.devices import compile_for
 
 RESULTS = Path(__file__).with_name("kernel_registers.json")
@@ -35,9 +35,20 @@ def _cross_entropy(dtype: str, vocab: int) -> dict[str, tuple[Callable[..., Any]
     }
 
 
+def _selective_scan(dtype: str, n: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    u, rate, a, b, skip, state = _of((2, 64, 256), dtype), _of((2, 64, 256)), _of((n, 256)), _of((2, 64, n)), _of((256,)), _of((2, n, 256))
+    starts = _of((2, 64 // mosaic_selective_scan.CHUNK, n, 256))
+    name = f"selective_scan, {dtype}, {n} states"
+    return {
+        f"{name}, forward": (mosaic_selective_scan.forward, (u, rate, a, b, b, skip, state)),
+        f"{name}, backward": (mosaic_selective_scan.backward, (u, rate, a, b, b, skip, starts, u, state)),
+    }
+
+
 def calls() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """The kernels that are compiled, by what they are called: a function, and the shapes of its arguments."""
-    return _cross_entropy("bfloat16", 128256) | _cross_entropy("bfloat16", 4099) | _cross_entropy("float32", 128256)
+    losses = _cross_entropy("bfloat16", 128256) | _cross_entropy("bfloat16", 4099) | _cross_entropy("float32", 128256)
+    return losses | _selective_scan("bfloat16", 16) | _selective_scan("float32", 4)
 
 
 def measure() -> dict[str, dict[str, int]]:

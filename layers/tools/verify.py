@@ -17,7 +17,7 @@ from rich.console import Console
 from layers.checking.contract import catalogue
 from layers.kernels import verified
 from layers.kernels.place import here
-from layers.tools import verify_attention, verify_layers, verify_losses
+from layers.tools import verify_attention, verify_layers, verify_losses, verify_scans
 
 
 def names() -> list[str]:
@@ -55,7 +55,7 @@ def main(chosen: Sequence[str], *, minutes: float = 5, path: Path | None = None)
 
 def _jobs(chosen: Sequence[str], path: Path) -> Iterator[tuple[str, Callable[[], tuple[str, bool]]]]:
     """What there is to do, in turn: a title, and what returns words and whether it went well."""
-    for trial in (*verify_attention.trials(), *verify_losses.trials()):
+    for trial in (*verify_attention.trials(), *verify_losses.trials(), *verify_scans.trials()):
         if trial.layer in chosen:
             yield trial.title, lambda trial=trial: _written(trial.row(), path)
     for layer in catalogue():

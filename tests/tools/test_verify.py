@@ -8,7 +8,7 @@ import pytest
 from layers.kernels import mosaic, verified
 from layers.kernels.attention import KERNELS
 from layers.kernels.dispatch import Kernel
-from layers.tools import cli, measure, verify, verify_attention, verify_layers, verify_losses
+from layers.tools import cli, measure, verify, verify_attention, verify_layers, verify_losses, verify_scans
 from tests.kernels.reference import FakeCudnn
 
 SMALL = {"batch": 1, "time": 16, "heads": 4, "kv_heads": 2}
@@ -112,6 +112,16 @@ def test_unknown_layer_and_a_table_that_cannot_be_written_are_errors(tmp_path):
         verify.main(["nothing"])
     with pytest.raises(OSError, match="cannot be written: give another file by --json"):
         verify.main(["rms_norm"], path=tmp_path / "missing" / "table.json")
+
+
+def test_kernel_of_the_selective_scan_is_exact_in_its_trial(monkeypatch):
+    """Interpreted, as the next."""
+    monkeypatch.setattr(verify_scans, "SIZE", (1, 16, 128))
+    monkeypatch.setattr(verify_scans, "STATES", (4,))
+    monkeypatch.setattr(measure, "in_turn", lambda runs, rounds: {name: [1.0 if name == "xla" else 0.5] for name in runs})
+    with mosaic.interpreting():
+        rows = [trial.row() for trial in verify_scans.trials()]
+    assert [(r["dtype"], r["against"]) for r in rows] == [("bfloat16", ""), ("float32", "")]
 
 
 def test_kernel_of_the_cross_entropy_is_exact_in_its_trial(monkeypatch):
