@@ -147,6 +147,9 @@ def int8_linear(
 ) -> Float[Array, "*batch out_features"]:
     """Computes `x @ kernel + bias` in 8-bit integers, forward and backward.
 
+    It saves memory for the backward pass, not time: the products are of 8-bit integers, summed in 32 bits, on every device, but what quantises their
+    operands costs more than they save (`python -m layers bench int8_linear`). `fp8_linear` is for devices whose units multiply 8-bit floats.
+
     Each row of `x` and each column of `kernel` has a scale, its absolute maximum over 127; so have the rows and columns of the gradient that comes
     back. Backward keeps one byte for each entry of `x` and `kernel`, and neither of them itself.
 

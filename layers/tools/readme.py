@@ -15,7 +15,7 @@ from flax import nnx
 import layers
 from layers.function.engine import ENGINES, Engine, engine
 from layers.function.function import Function
-from layers.tools import bench_devices, goals_table
+from layers.tools import bench_devices, goals_table, kernel_table
 from layers.tools.bench import GPU_RESULTS, RESULTS
 from layers.tools.bench_tables import markdown
 from layers.tools.devices import DEVICES
@@ -100,6 +100,7 @@ MADE: dict[str, Callable[[], str]] = {
     "gpu": lambda: bench_table(GPU_RESULTS),
     "devices": devices_table,
     "goals": goals_table.table,
+    "kernels": kernel_table.table,
 }
 
 

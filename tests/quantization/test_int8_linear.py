@@ -1,6 +1,7 @@
 """The 8-bit linear layer against its integers in NumPy, its errors, its memory, every transformation."""
 
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+import layers
 from layers.quantization.int8_linear import Int8Linear, int8_linear
 from tests.support import assert_trees_close, saved_bytes
 
@@ -231,3 +233,16 @@ def test_option_of_a_floating_point_product_is_an_error(option):
 
 def test_defaults_of_those_options_are_accepted():
     Int8Linear(40, 7, precision=None, dot_general=jax.lax.dot_general, preferred_element_type=None, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_every_product_is_of_8_bit_integers_summed_in_32_bits(platform):
+    x, kernel = jnp.ones((8, 16), jnp.bfloat16), jnp.ones((16, 4), jnp.bfloat16)
+    with layers.compiling_for(platform):
+        text = str(jax.make_jaxpr(jax.value_and_grad(lambda x, w: int8_linear(x, w).astype(jnp.float32).sum(), (0, 1)))(x, kernel))
+        lowered = jax.export.export(
+            jax.jit(jax.value_and_grad(lambda x, w: int8_linear(x, w).astype(jnp.float32).sum(), (0, 1))), platforms=[platform]
+        )(x, kernel)
+    assert text.count("dot_general[") == text.count("preferred_element_type=int32") == 3
+    products = [line for line in lowered.mlir_module().splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) == 3 and all(re.search(r"xi8>, tensor<\d+x\d+xi8>\) -> tensor<\d+x\d+xi32>", line) for line in products)

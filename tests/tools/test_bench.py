@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from layers.tools import bench, bench_rows, bench_step, cli, goals_table, llama_step, measure, readme
+from layers.tools import bench, bench_rows, bench_step, cli, goals_table, kernel_table, llama_step, measure, readme
 from layers.tools.bench_rows import layer_row, with_times
 from layers.tools.cases import CASES, goals
 from layers.tools.cases.case import forward_and_backward
@@ -189,3 +189,14 @@ def test_table_of_goals_says_what_was_missed_and_what_was_not_run():
     (row,) = (line for line in lines if "SwiGLU" in line)
     assert row.endswith("| 5.4 | 4 | 5 | 0.75, missed | 1.000 | 2.000 |")
     assert sum("not run" in line for line in lines) == len(goals.GOALS) - 1
+
+
+def test_table_of_kernels_says_what_was_verified_and_what_no_device_has_seen():
+    row = {"layer": "dot_product_attention", "implementation": "cudnn", "jax": "0.12", "platform": "cuda", "architecture": "9.0"}
+    row |= {"dtype": "bfloat16", "shape_class": "causal", "against": "", "milliseconds": 2.0, "xla_milliseconds": 8.0}
+    registers = {"selective_scan, bfloat16, forward": {"registers": 80, "spilled": 0}, "jax": "0.12"}
+    lines = kernel_table.markdown([row, row | {"against": "slower than XLA", "dtype": "float16"}], registers).splitlines()
+    (cudnn,) = (line for line in lines if "cudnn" in line)
+    assert "cuda 9.0, JAX 0.12, bfloat16, causal: 2 ms, XLA 8; cuda 9.0, JAX 0.12, float16, causal: slower than XLA" in cudnn
+    (scan,) = (line for line in lines if "selective_scan" in line)
+    assert scan == f"| `selective_scan` | mosaic | bfloat16, forward 80 (0) | {kernel_table.NO_DEVICE} |"
