@@ -29,8 +29,8 @@ import numpy as np
 
 from layers.core import compat
 from layers.core.numerics import wide
+from layers.core.recompute import barrier
 from layers.core.trees import replaced
-from layers.core.varying_barrier import varying_barrier
 from layers.function.function import Function
 from layers.implicit import vectors as v
 from layers.implicit.failure import raise_unless
@@ -145,7 +145,7 @@ class ImplicitFunction(Function):
 
     @staticmethod
     def backward(ctx, dx, _):
-        (x, theta), dx = varying_barrier(ctx.saved_tensors, dx)
+        (x, theta), dx = barrier(ctx.saved_tensors, dx)
         equation, dtypes = ctx.equation, [a.dtype for a in x]
         differentiated, rebuild = floating(theta)
         pull = jax.vjp(lambda x, differentiated: equation.wide(dtypes)(x, rebuild(differentiated)), widen(x), differentiated)[1]

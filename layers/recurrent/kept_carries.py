@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from jax.core import eval_jaxpr
 
 from layers.core.numerics import wide
+from layers.core.recompute import barrier
 from layers.core.trees import is_inexact
-from layers.core.varying_barrier import varying_barrier
 from layers.function.function import Function
 from layers.recurrent.loops import scan
 
@@ -75,7 +75,7 @@ class CheckpointedScanFunction(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         body: Body = ctx.body
-        (consts, carries, xs), cotangents = varying_barrier(ctx.saved_tensors, cotangents)
+        (consts, carries, xs), cotangents = barrier(ctx.saved_tensors, cotangents)
         wants_const, _, wants_x = body.split(ctx.needs_input_grad[2:])
         differentiated = [*wants_const, *(is_inexact(c) for c in carries), *wants_x]
         dlast = [d for d in cotangents[: body.carry] if d is not None and is_inexact(d)]

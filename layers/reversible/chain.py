@@ -142,7 +142,7 @@ class Chain:
         if self.length is None:
             sums: Values = {}
             for pair, saw in zip(reversed(self.couplings), reversed(seen), strict=True):
-                (y, values), dy = barrier((y, list(arrays)), dy)
+                (y, values), dy = barrier((y, [varying_as(a, y) for a in arrays]), dy)
                 y, dy, grads = self._uncouple(pair, values, saw, y, dy, dstate, wanted)
                 _accumulate(sums, grads)
             return Retreated(y, dy, [sums.get(i) for i in range(len(arrays))])
@@ -157,8 +157,9 @@ class Chain:
             totals = {i: t + grads[i] if i in grads else t for i, t in totals.items()}
             return (y, dy, totals), {i: g for i, g in grads.items() if i < self.stacked}
 
-        (y, stacked, seen), dy = barrier((y, list(arrays[: self.stacked]), seen), dy)
-        given = (stacked, seen, dstate)  # a barrier marks all that goes through it as varying over the mesh, which dstate need not be
+        stacked = [varying_as(a, y) for a in arrays[: self.stacked]]  # their gradients are summed over the mesh once, after the loop
+        (y, stacked, seen), dy = barrier((y, stacked, seen), dy)
+        given = (stacked, seen, dstate)
         carry = compat.vary_like((y, dy, totals), lambda c: body(c, jax.tree.map(lambda a: a[0], given))[0], arrays, dstate)
         (y, dy, totals), grads = lax.scan(body, carry, given, self.length, reverse=True)
         return Retreated(y, dy, [(totals | grads).get(i) for i in range(len(arrays))])

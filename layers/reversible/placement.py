@@ -11,7 +11,7 @@ from layers.core import compat
 
 
 def varying_as(x: Any, other: Any) -> Any:
-    """`x` marked as varying over the mesh axes that `other` varies over (`shard_map`)."""
+    """`x` marked as varying over the mesh axes that `other`, an array or several, varies over (`shard_map`)."""
     missing = _missing_axes(x, other)
     return lax.pcast(x, missing, to="varying") if missing else x
 
@@ -22,4 +22,5 @@ def once_as(gradient: Any, x: Any) -> Any:
 
 
 def _missing_axes(x: Any, other: Any) -> tuple[str, ...]:
-    return tuple(sorted(compat.varying_axes(jax.typeof(other)) - compat.varying_axes(jax.typeof(x))))
+    axes = frozenset().union(*(compat.varying_axes(jax.typeof(y)) for y in jax.tree.leaves(other)))
+    return tuple(sorted(axes - compat.varying_axes(jax.typeof(x))))

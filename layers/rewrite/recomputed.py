@@ -21,9 +21,8 @@ import jax.numpy as jnp
 
 from layers.core import compat
 from layers.core.deferred import zero_after
-from layers.core.recompute import is_transposing
+from layers.core.recompute import barrier, is_transposing
 from layers.core.trees import is_inexact, replaced
-from layers.core.varying_barrier import varying_barrier
 from layers.function.function import Function
 from layers.rewrite.cut import cheapest
 from layers.rewrite.evaluation import run_node
@@ -83,7 +82,7 @@ class RecomputedFunction(Function):
     @staticmethod
     def backward(ctx, *grads):
         plan = ctx.plan
-        kept, grads = varying_barrier(ctx.saved_tensors, [g for g, o in zip(grads, plan.outputs, strict=True) if is_inexact(o)])
+        kept, grads = barrier(ctx.saved_tensors, [g for g, o in zip(grads, plan.outputs, strict=True) if is_inexact(o)])
         found = dict(zip(plan.wanted, plan.pull(kept, grads), strict=True))
         return None, *(found.get(i) for i in range(len(plan.graph.inputs)))
 
