@@ -19,7 +19,16 @@ from layers.kernels import verified
 from layers.kernels.place import Place, here
 
 XLA = "xla"
-NAMES = (XLA, "cudnn", "mosaic")
+NAMES = (XLA, "cudnn", "mosaic", "tokamax")
+
+NEVER = {
+    (
+        "dot_product_attention",
+        "tokamax",
+    ): "its public function gives no logsumexp, which sinks and this layer's gradient need: computing it again, and "
+    "its forward pass for its own gradient, would be two passes more over the keys. Call tokamax itself where its options are enough",
+}
+"""By layer and name, ways that a user may look for and why no call takes them."""
 
 
 class Call(Protocol):
@@ -88,6 +97,7 @@ def recording() -> Iterator[Recorder]:
 def decide(layer: str, call: Call, kernels: Mapping[str, Kernel], place: Place, asked: str | None = None) -> Decision:
     """Which of the kernels, or XLA, computes a call: a function of its arguments and of the table of what was verified."""
     against = {name: kernel.refuse(call, place) for name, kernel in kernels.items()}
+    against |= {name: reason for (of, name), reason in NEVER.items() if of == layer}
     if asked not in (None, XLA):
         reason = against.get(asked, f"there is no such kernel of {layer}: {', '.join((XLA, *kernels))}")
         if reason is not None:

@@ -191,3 +191,9 @@ def test_nothing_is_warned_of_where_nothing_was_asked_for():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layers.dot_product_attention(q, q, q)
+
+
+def test_tokamax_is_refused_with_the_reason():
+    assert "gives no logsumexp" in decide(LAYER, CALL, KERNELS, H100).against["tokamax"]
+    with pytest.raises(ValueError, match=r"implementation is 'tokamax', which cannot do this call: its public function gives no logsumexp"):
+        decide(LAYER, CALL, KERNELS, H100, "tokamax")
