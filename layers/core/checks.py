@@ -17,7 +17,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,10 @@ from jax.export import is_symbolic_dim
 
 from layers.core import compat
 
-KINDS: dict[str, tuple[tuple[Any, ...], str]] = {
+Kind = Literal["floating", "inexact", "real", "integer", "boolean", "mask", "any real", "number", "any"]
+"""What an array is of: the dtypes of each and what messages say of them stand in `KINDS`."""
+
+KINDS: dict[Kind, tuple[tuple[Any, ...], str]] = {
     "floating": ((jnp.floating,), "of a real floating-point dtype: cast it, {}.astype('float32')"),
     "inexact": ((jnp.inexact,), "of a floating-point or complex dtype: cast it, {}.astype('float32')"),
     "real": ((jnp.floating, jnp.integer), "of real numbers: cast it, {}.astype('float32')"),
@@ -41,7 +44,7 @@ KINDS: dict[str, tuple[tuple[Any, ...], str]] = {
 """The kinds of arrays: the dtypes that belong to each, and what messages say of them."""
 
 
-def array(who: str, what: str, value: Any, kind: str = "floating", *, ndim: int | None = None, optional: bool = False) -> Any:
+def array(who: str, what: str, value: Any, kind: Kind = "floating", *, ndim: int | None = None, optional: bool = False) -> Any:
     """A JAX array of this kind, of `ndim` axes where that is given; None stays None where the argument is `optional`."""
     if value is None and optional:
         return None
@@ -163,7 +166,7 @@ def axes(who: str, what: str, value: Any, ndim: int) -> tuple[int, ...]:
     return found
 
 
-def dtype(who: str, what: str, value: Any, kind: str = "floating", *, optional: bool = True) -> Any:
+def dtype(who: str, what: str, value: Any, kind: Kind = "floating", *, optional: bool = True) -> Any:
     """A dtype of this kind, or what names one; None stays None where the argument is `optional`."""
     if value is None and optional:
         return None
