@@ -108,7 +108,9 @@ def markdown(results: dict[str, Any]) -> str:
         if name in GOALS and name != STEP:
             continue
         cells = []
-        for rows in results.values():
+        for device, rows in results.items():
+            if name not in rows:
+                raise ValueError(f"{name} was not compiled for {device}: python -m layers bench {name} --compile-for {device} --json {RESULTS}")
             plain, ours = (rows[name][way] / 2**20 for way in WAYS)
             cells += [f"{plain:.0f}", f"{ours:.0f}", f"{ours / plain:.2f}" if plain >= 1 else ""]
         lines.append(f"| {works_[name]} | " + " | ".join(cells) + " |")
