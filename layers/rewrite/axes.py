@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from layers.rewrite.graph import Node, Value, widens
+from layers.rewrite.primitives import VARYING
 
 Axis = list["Atom"]
 
@@ -124,7 +125,7 @@ def back_through(n: Node, axes: list[Axis]) -> list[Axis] | None:
     if n.name in ("reshape", "squeeze", "expand_dims"):
         held = all(length(leaves(a)) == m for a, m in zip(axes, n.out.shape, strict=True))
         return regroup(axes, x.shape) if held and (n.name != "reshape" or n.params.get("dimensions") is None) else None
-    return axes if widens(n) or n.name in ("stop_gradient", "convert_element_type") else None
+    return axes if widens(n) or n.name in VARYING or n.name in ("stop_gradient", "convert_element_type") else None
 
 
 def forward(chain: Sequence[Node], axes: list[Axis] | None) -> list[Axis] | None:

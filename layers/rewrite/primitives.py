@@ -12,7 +12,10 @@ def _names(text: str) -> frozenset[str]:
 
 
 CASTS = _names("convert_element_type")
-LAYOUT = _names("broadcast_in_dim reshape transpose squeeze expand_dims")
+MOVES = _names("broadcast_in_dim reshape transpose squeeze expand_dims")
+VARYING = _names("pvary")
+"""The same numbers on each device of a `shard_map`, said to differ."""
+LAYOUT = MOVES | VARYING
 """The same numbers in other places, or repeated."""
 UNARY = _names(
     "exp exp2 log log1p expm1 tanh logistic sin cos tan sqrt rsqrt cbrt square integer_pow erf erfc erf_inv abs sign is_finite not neg "
@@ -23,12 +26,12 @@ OTHERS = _names(
     "slice concatenate pad rev split iota cumsum argmax argmin reduce_sum reduce_max reduce_min reduce_and reduce_or gather dynamic_slice "
     "dynamic_update_slice copy"
 )
-FOLDABLE = UNARY | BINARY | LAYOUT | CASTS | OTHERS
+FOLDABLE = UNARY | BINARY | MOVES | CASTS | OTHERS
 """What may be computed while a function is rewritten, where it depends on no argument."""
 INLINED = _names("jit pjit closed_call core_call")
 REMAT = _names("remat2 checkpoint remat")
 RULED = _names("custom_jvp_call")
-LIGHT = UNARY | BINARY | LAYOUT | CASTS | _names("slice concatenate pad rev split iota copy bitcast_convert_type")
+LIGHT = UNARY | BINARY | MOVES | CASTS | _names("slice concatenate pad rev split iota copy bitcast_convert_type")
 """What may be done again for a backward pass: elementwise operations, and moves of what they give."""
 
 

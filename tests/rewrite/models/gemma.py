@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+import layers
+
 
 class RMSNorm(nnx.Module):
     def __init__(self, width):
@@ -88,11 +90,38 @@ class Gemma(nnx.Module):
         return jnp.tanh(logits / 30.0) * 30.0
 
 
-def make(key, *, batch, length, width, depth, vocab):
+def make(key, *, batch, length, width, depth, vocab, is_port=False):
     graph, params = nnx.split(Gemma(vocab, width, depth, 4, 2, 3 * width, length // 4, nnx.Rngs(key)))
 
     def loss(params, tokens):
+        if is_port:
+            return by_hand(nnx.merge(graph, params), tokens)
         logits = nnx.merge(graph, params)(tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
     return loss, params, jax.random.randint(key, (batch, length + 1), 0, vocab)
+
+
+def by_hand(model, tokens):
+    """The loss with this library's functions."""
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    table, positions = model.table[...], jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+    norm = lambda norm, x: layers.rms_norm(x, 1 + norm.scale[...], epsilon=1e-6)
+
+    def attention(part, x):
+        q = jnp.einsum("BTD,NDH->BTNH", x, part.q[...])
+        k, v = jnp.einsum("BSD,CKDH->CBSKH", x, part.kv[...])
+        q, k = (layers.rotary_embedding(a, positions) for a in (q, k))
+        window = (part.window - 1, 0) if part.window else None
+        y = layers.dot_product_attention(q, k, v, is_causal=True, local_window_size=window, logit_soft_cap=50.0)
+        return jnp.einsum("BTNH,NHD->BTD", y, part.out[...])
+
+    def mlp(part, x):
+        gate, up, down = (linear.kernel[...] for linear in (part.gate, part.up, part.down))
+        return layers.gated_mlp(x, gate, up, down, activation="gelu")
+
+    x = table[inputs] * jnp.sqrt(table.shape[1]).astype(table.dtype)
+    for block in model.blocks:
+        x = x + norm(block.norms[1], attention(block.attention, norm(block.norms[0], x)))
+        x = x + norm(block.norms[3], mlp(block.mlp, norm(block.norms[2], x)))
+    return layers.linear_cross_entropy(norm(model.norm, x), table.T, labels, logit_soft_cap=30.0)
