@@ -10,6 +10,8 @@ import gc
 import os
 import pathlib
 import resource
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -35,7 +37,26 @@ and with either of its emitters.
 MEMORY = 3 * 2**29
 """Bytes a worker may hold after a test before it drops what JAX keeps: every program that was compiled."""
 
+PROGRAMS = pytest.StashKey[str]()
+"""The folder with the programs that were compiled: workers, and files after one another, compile what is equal once."""
+
 contexts.share()
+
+
+def pytest_configure(config):
+    shared = getattr(config, "workerinput", {}).get("programs")
+    if shared is None:
+        shared = tempfile.mkdtemp(prefix="layers-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(shared, ignore_errors=True))
+    config.stash[PROGRAMS] = shared
+    jax.config.update("jax_compilation_cache_dir", shared)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["programs"] = node.config.stash[PROGRAMS]
 
 
 @pytest.hookimpl(optionalhook=True)

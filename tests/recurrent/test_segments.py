@@ -68,7 +68,8 @@ def mamba(rows, weights, **options):
     block = nnx.eval_shape(lambda: layers.Mamba(3, d_state=2, expand=1, param_dtype=jnp.float64, rngs=nnx.Rngs(0)))
     graph, parameters = nnx.split(block)
     leaves, tree = jax.tree.flatten(parameters)
-    drawn = [draw(50 + i, x.shape) / 2 for i, x in enumerate(leaves)]
+    with jax.ensure_compile_time_eval():  # or every program draws them, which takes most of its compilation
+        drawn = [draw(50 + i, x.shape) / 2 for i, x in enumerate(leaves)]
     drawn = jax.tree.map(lambda x: x * weights[0], drawn)
     return nnx.merge(graph, tree.unflatten(drawn))(rows[0], return_state=True, **options)
 
