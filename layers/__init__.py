@@ -106,8 +106,8 @@ from layers.regularization.dropout import Dropout as Dropout
 from layers.regularization.dropout import dropout as dropout
 from layers.reversible.reversible_coupling import reversible_coupling as reversible_coupling
 from layers.reversible.reversible_stack import ReversibleStack as ReversibleStack
-from layers.rewrite.report import RewriteReport as RewriteReport
-from layers.rewrite.rewrite import rewrite as rewrite
+from layers.rewriting.report import RewriteReport as RewriteReport
+from layers.rewriting.rewrite import rewrite as rewrite
 from layers.surgery.add_gradient_noise import add_gradient_noise as add_gradient_noise
 from layers.surgery.clip_gradient import clip_gradient as clip_gradient
 from layers.surgery.replace_gradient import replace_gradient as replace_gradient

@@ -28,7 +28,7 @@ def layer_rows() -> list[tuple[str, str, str, str]]:
     files: dict[str, list[tuple[str, Any]]] = {}
     for name, value in vars(layers).items():
         home = getattr(value, "__module__", "")
-        if home.count(".") == 2 and home.split(".")[1] not in ("core", "function", "checking", "rewrite", "tools"):
+        if home.count(".") == 2 and home.split(".")[1] not in ("core", "function", "checking", "rewriting", "tools"):
             files.setdefault(home, []).append((name, value))
     return [row for home, named in files.items() if any((row := _row(home.split(".")[1], named))[1:3])]
 

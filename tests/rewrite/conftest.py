@@ -2,7 +2,7 @@
 
 import pytest
 
-from layers.rewrite import patterns
+from layers.rewriting import patterns
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from layers.rewrite.cut import UNLIMITED, least_cut
+from layers.rewriting.cut import UNLIMITED, least_cut
 
 
 def is_cut(chosen, feeds, starts, ends):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import layers
-from layers.rewrite.elementwise import groups_of
-from layers.rewrite.reading import read
+from layers.rewriting.elementwise import groups_of
+from layers.rewriting.reading import read
 from tests.rewrite.support import assert_same, replaced
 from tests.support import assert_trees_close, saved_bytes, temp_bytes
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.rewrite import folding
-from layers.rewrite.reading import read
+from layers.rewriting import folding
+from layers.rewriting.reading import read
 
 RNG = np.random.default_rng(0)
 FLOATS = np.array([[0.0, -0.0, 1.5, np.nan], [np.inf, -np.inf, -2.25, 3e38]], np.float32)

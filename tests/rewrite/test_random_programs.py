@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import layers
-from layers.rewrite import patterns
+from layers.rewriting import patterns
 
 N = 6
 UNARY = {
