@@ -54,7 +54,7 @@ class Swapped:
 
 @dataclass
 class SwapReport:
-    """What `swap` did.
+    """What `swap` replaced in a model, and what it left, with the reason; prints as a table.
 
     Attributes:
         model: the root of the model; another object than was given only where the root is itself such a layer.

@@ -117,7 +117,7 @@ def rotary_embedding(
     sections: tuple[int, ...] | None = None,
     heads_first: bool = False,
 ) -> Float[Array, "*batch time heads head_dim"]:
-    """Rotates pairs of features by an angle in proportion to the position.
+    """Rotates pairs of features by an angle in proportion to the position (RoPE), so that products of queries and keys see how far apart they are.
 
     Args:
         x: queries or keys.

@@ -20,7 +20,7 @@ from layers.core import checks
 
 
 def check(fn: Any, *args: Any) -> Report:
-    """Holds a layer to the contract: right gradient, every transformation, dtypes, sharding, no leak, memory.
+    """Checks a layer: is its gradient right, under each transformation of JAX, in each dtype, sharded, also the second one and far out.
 
     Args:
         fn: a `Function` class, or any JAX function.

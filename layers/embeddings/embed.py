@@ -57,7 +57,7 @@ class EmbedFunction(Function):
 
 
 def embed(indices: Int[Array, "*batch"], embedding: Float[Array, "vocab features"]) -> Float[Array, "*batch features"]:
-    """Takes rows of a table.
+    """Looks up rows of a table by their index, as `flax.nnx.Embed`.
 
     An index from -vocab to -1 counts from the end; any other outside of the table gives a row of NaN and no gradient, as with `jax.numpy.take`.
 

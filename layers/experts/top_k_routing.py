@@ -32,7 +32,7 @@ SCORES = ("softmax", "sigmoid")
 
 
 class Routing(NamedTuple):
-    """Where tokens go.
+    """Which experts each token goes to and how much each counts, from `top_k_routing`; with what a balanced router is trained by.
 
     Attributes:
         indices: (*batch, k), int32, the experts; their number for a choice that is none.

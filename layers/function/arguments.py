@@ -32,7 +32,7 @@ class Template:
         return [Template(part.tree, part.marks) for part in Skeleton(self.tree, self.leaves).children()]
 
     def skeleton(self) -> Skeleton:
-        """The structure, marked with the places of arrays, `CONSTANT` and `NOT_AN_ARRAY`."""
+        """The structure, marked with the indices of arrays, `CONSTANT` and `NOT_AN_ARRAY`."""
         return Skeleton(self.tree, tuple(x.start if isinstance(x, ArrayPlace) else _mark(x) for x in self.leaves))
 
     def fill_with_gaps(self, arrays: Sequence[Any], avals: Sequence[Any]) -> Any:

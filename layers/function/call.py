@@ -33,7 +33,7 @@ class Call:
 
     Attributes:
         arguments: one entry an argument, for the gradients.
-        hoisted: the places of arrays that were taken from the closure of a function, and the name of the argument that this is.
+        hoisted: the indices of arrays that were taken from the closure of a function, and the name of the argument that this is.
         constants: NumPy's arrays of booleans and integers, as arrays of JAX that are not traced.
     """
 

@@ -27,7 +27,7 @@ class Argument:
     Attributes:
         name: the parameter of `forward` that it is bound to.
         tree: its structure, marked with the place of each array among those of the call, anything else with `CONSTANT` or `NOT_AN_ARRAY`.
-        indices: the places that occur there.
+        indices: the indices of arrays that occur there.
         required: whether a gradient (or None) has to be returned for it; False for keyword-only arguments.
     """
 

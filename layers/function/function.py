@@ -203,7 +203,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class forward_mode(contextlib.ContextDecorator):
-    """A block or function that uses forward mode: `with layers.forward_mode():` or `@layers.forward_mode()`.
+    """Marks a block or function that uses forward mode: `with layers.forward_mode():` or `@layers.forward_mode()`.
 
     By the engine "linear" (`layers.engine`) `jax.jvp`, `jax.jacfwd`, `jax.hessian`, `jax.linearize` go through every `Function` at all times, inside
     the block and out, compiled in one and called in the other. The block switches nothing; it is there to be read.

@@ -25,7 +25,7 @@ from layers.implicit.options import Choices, read
 
 
 class DEQ(nnx.Module):
-    """The fixed point of `layer(z, x)` in z, trained by the gradient of that.
+    """A deep equilibrium model: applies `layer(z, x)` to z again and again until z no longer changes, and is trained by the gradient of that z alone.
 
     A solve that did not converge is silent: it gives the last z, and as gradient the formula there. It becomes visible by
     `return_convergence=True`, by `nnx.capture` (the convergence of each call is sown as an `nnx.Intermediate` named "convergence") and by

@@ -40,7 +40,7 @@ from layers.implicit.vectors import Map, Vector
 
 
 class Convergence(NamedTuple):
-    """How a solve ended.
+    """How a solve by `fixed_point`, `root` or `argmin` ended: how far it is from a solution, and after how many steps.
 
     Attributes:
         residual: the root mean square of F(x) divided by 1 plus that of x; what `tol` bounds. Both are taken over all entries of x, the whole

@@ -68,7 +68,7 @@ def divergence(log_prob: jax.Array, reference: jax.Array) -> jax.Array:
 
 
 class PolicyMetrics(NamedTuple):
-    """What is watched in training; means over the tokens that count, constants.
+    """Numbers to watch while a policy is trained, without a gradient: means over the tokens that count.
 
     Attributes:
         kl: the divergence from the reference; 0 without one.

@@ -58,7 +58,7 @@ class TernarizeFunction(Function):
 
 
 def ternarize(x: Float[Array, "*shape"], *, threshold: float | jax.Array = 0.7, axis: int | None = None) -> Float[Array, "*shape"]:
-    """Maps every entry to -a, 0 or a; the gradient goes straight through.
+    """Maps every entry to -a, 0 or a, with a the mean size of those that are not 0; the gradient is that of the identity.
 
     Args:
         x: weights of any shape.

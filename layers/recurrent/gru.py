@@ -162,7 +162,7 @@ def gru(
     dtype: Any = None,
     save: str = "states",
 ) -> tuple[Float[Array, "*batch time hidden"], Float[Array, "*batch hidden"]]:
-    """Runs a gated recurrent unit over a sequence.
+    """Runs a gated recurrent unit (GRU) over a sequence: a state h that each step mixes with new values, by gates read from the step and h.
 
     Args:
         x: the inputs; (time, *batch, features) with `time_major`.

@@ -170,7 +170,7 @@ def lstm(
     dtype: Any = None,
     save: str = "states",
 ) -> tuple[Float[Array, "*batch time hidden"], tuple[Float[Array, "*batch hidden"], Float[Array, "*batch hidden"]]]:
-    """Runs a long short-term memory over a sequence.
+    """Runs a long short-term memory (LSTM) over a sequence: a memory c that gates keep, add to and read, and the output h of each step.
 
     Args:
         x: the inputs; (time, *batch, features) with `time_major`.

@@ -39,7 +39,7 @@ class MambaState(NamedTuple):
 
 
 class Mamba(nnx.Module):
-    """The block of Mamba, on (batch, time, d_model).
+    """The block of Mamba, which mixes time by a selective state-space model in place of attention: (batch, time, d_model) to the same.
 
     Args:
         d_model: features of input and output.
