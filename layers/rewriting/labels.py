@@ -42,18 +42,21 @@ def gathered(n: Node, z: Value, nodes: set[Node]) -> Labels | None:
     if n.name != "gather" or n.inputs[0] is not z:
         return None
     d, last, index = n.params["dimension_numbers"], z.ndim - 1, n.inputs[1]
-    if tuple(n.params["slice_sizes"]) != (1,) * z.ndim or d.offset_dims or _fills_with_a_number(n):
+    if tuple(n.params["slice_sizes"]) != (1,) * z.ndim or _fills_with_a_number(n):
         return None
     outside = "clipped" if "CLIP" in str(n.params["mode"]).upper() else "nan"
     batch = tuple(range(last))
-    if tuple(d.start_index_map) == tuple(d.collapsed_slice_dims) == (last,) and tuple(d.operand_batching_dims) == batch:
-        if tuple(d.start_indices_batching_dims) != batch or index.size != math.prod(z.shape[:-1]):
+    along = tuple(d.operand_batching_dims)
+    if tuple(d.start_index_map) == tuple(d.collapsed_slice_dims) == (last,) and all(i in along or z.shape[i] == 1 for i in batch):
+        places = tuple(d.start_indices_batching_dims)
+        if (places, along) != (tuple(sorted(places)), tuple(sorted(along))) or index.size != math.prod(z.shape[:-1]):
             return None
         nodes.add(n)
         return Labels(index, outside)
     if (
         tuple(d.start_index_map) == tuple(range(z.ndim))
-        and not d.operand_batching_dims
+        and not along
+        and not d.offset_dims
         and index.node is not None
         and index.node.name == "concatenate"
     ):

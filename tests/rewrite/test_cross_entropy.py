@@ -172,6 +172,22 @@ def logits_given(z):
     return by_label(z, labels).mean()
 
 
+@case("linear_cross_entropy", x[:1], W)
+def one_row_of_tokens(x, W):
+    return by_label(x @ W, labels[:1]).mean()
+
+
+@case("linear_cross_entropy", x[:, :1], W)
+def one_token_a_row(x, W):
+    return by_label(x @ W, labels[:, :1]).mean()
+
+
+@case("linear_cross_entropy", x[:1, None], W)
+def one_row_beside_an_axis_of_length_1(x, W):
+    log_p = jax.nn.log_softmax(x @ W)
+    return -jnp.take_along_axis(log_p, labels[:1, None, :, None], -1).mean()
+
+
 @case("", x, W)
 def two_kinds_of_labels(x, W):
     z = x @ W
