@@ -20,7 +20,7 @@ Reference: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective Stat
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,47 +38,11 @@ from layers.kernels.selective_scan import KERNELS
 from layers.recurrent import scan_by_kernel
 from layers.recurrent.arguments import check_inputs
 from layers.recurrent.loops import cut, fold_chunks, put, scan, with_first, without_first
-from layers.recurrent.recurrence import before, run, run_back
 from layers.recurrent.segments import check_segment_ids, resets_of, restart
+from layers.recurrent.selective_states import Chunk, Inputs, decay, first_state, gradients_of_states, parameters, read, states_of, sum_states
 
 CHUNK, FAR_CHUNK = 32, 256
 """Steps between two states that are kept: on a CPU the states of a chunk stay in a core's cache, on an accelerator they are computed together."""
-
-
-class Inputs(NamedTuple):
-    """The arguments of `selective_scan`; those that may be None at the end."""
-
-    u: Any
-    delta: Any
-    a: Any
-    b: Any
-    c: Any
-    d: Any
-    z: Any
-    bias: Any
-    initial: Any
-
-
-class _Chunk(NamedTuple):
-    """What one chunk is computed from, (time, batch, ...), in the wide dtype: the raw and final step sizes, and their product with u."""
-
-    u: jax.Array
-    raw: jax.Array
-    rate: jax.Array
-    drive: jax.Array
-    b: jax.Array
-    c: jax.Array
-    z: Any
-    resets: Any
-
-    @staticmethod
-    def of(x: Inputs, resets: Any, start: Any, size: int, softplus: bool) -> _Chunk:
-        dtype = wide(x.u.dtype)
-        u, raw, b, c = (cut(v, start, size, dtype) for v in (x.u, x.delta, x.b, x.c))
-        raw = raw if x.bias is None else raw + x.bias.astype(dtype)
-        rate = jax.nn.softplus(raw) if softplus else raw
-        z = None if x.z is None else cut(x.z, start, size, dtype)
-        return _Chunk(u, raw, rate, rate * u, b, c, z, None if resets is None else cut(resets, start, size, bool)[..., None, None])
 
 
 class SelectiveScanFunction(Function):
@@ -88,7 +52,7 @@ class SelectiveScanFunction(Function):
         if implementation == XLA:
             out, last, starts = _forward(inputs, resets, softplus, chunk)
         else:
-            out, last, starts = scan_by_kernel.forward(inputs, _parameters(inputs)[0], _first_state(inputs), softplus, implementation)
+            out, last, starts = scan_by_kernel.forward(inputs, parameters(inputs)[0], first_state(inputs), softplus, implementation)
         ctx.save_for_backward(inputs, resets, starts)
         ctx.softplus, ctx.chunk, ctx.implementation = softplus, chunk, implementation
         return out, last
@@ -96,25 +60,25 @@ class SelectiveScanFunction(Function):
     @staticmethod
     def backward(ctx, dout, dlast):
         (x, resets, starts), (dout, dlast) = barrier(ctx.saved_tensors, (dout, dlast))
-        a, d = _parameters(x)
+        a, d = parameters(x)
         if ctx.implementation != XLA:
             grads = scan_by_kernel.backward(x, a, starts, dout, dlast, ctx.softplus, ctx.implementation)
             return *grads, None, None, None, None
-        starts = with_first(starts, _first_state(x), x.u.shape[1], ctx.chunk)
+        starts = with_first(starts, first_state(x), x.u.shape[1], ctx.chunk)
 
         def step(carry, start, size, state):
             after, da, dd, dbias, buffers = carry
-            chunk = _Chunk.of(x, resets, start, size, ctx.softplus)
+            chunk = Chunk.of(x, resets, start, size, ctx.softplus)
             dy = cut(dout, start, size, after.dtype)
-            fade, decayed, h = _states(a, chunk, state)
+            fade, decayed, h = states_of(a, chunk, state)
             dz = None
             if chunk.z is not None:
-                y = _read(h, chunk.c) + d * chunk.u
+                y = read(h, chunk.c) + d * chunk.u
                 dz, dy = SILU.pull(chunk.z, dy * y), dy * SILU.value(chunk.z)
             dc = einsum("tbnd,tbd->tbn", h, dy)
-            after, dh = _gradients_of_states(fade, chunk, dy, after)
-            w, r = dh * decayed, _read(dh, chunk.b)
-            drate = r * chunk.u + _sum_states(w * a)
+            after, dh = gradients_of_states(fade, chunk, dy, after)
+            w, r = dh * decayed, read(dh, chunk.b)
+            drate = r * chunk.u + sum_states(w * a)
             ddelta = drate * jax.nn.sigmoid(chunk.raw) if ctx.softplus else drate
             rows = (r * chunk.rate + d * dy, ddelta, einsum("tbnd,tbd->tbn", dh, chunk.drive), dc, dz)
             buffers = jax.tree.map(lambda into, v: put(into, v, start), buffers, rows)
@@ -154,99 +118,29 @@ class SelectiveScanFunction(Function):
         }
 
 
-def _parameters(x: Inputs) -> tuple[jax.Array, Any]:
-    """A as (state, features), the least finite number for -inf, and D or 0."""
-    dtype = wide(x.u.dtype)
-    return jnp.maximum(x.a.T.astype(dtype), jnp.finfo(dtype).min), 0 if x.d is None else x.d.astype(dtype)
-
-
-@jax.custom_jvp
-def _fade(rate: jax.Array, a: jax.Array) -> jax.Array:
-    """exp(rate a); where it is 0 its tangent is 0 however large `a` is."""
-    return jnp.exp(rate * a)
-
-
-@_fade.defjvp
-def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (rate, a), (drate, da) = primals, tangents
-    fade = _fade(rate, a)
-    return fade, (fade * a) * drate + (fade * rate) * da
-
-
-def _first_state(x: Inputs) -> jax.Array:
-    """(batch, state, features), zeros where none is given."""
-    dtype, shape = wide(x.u.dtype), (x.u.shape[0], x.a.shape[1], x.u.shape[2])
-    return jnp.zeros(shape, dtype) if x.initial is None else jnp.swapaxes(x.initial, 1, 2).astype(dtype)
-
-
 def _forward(x: Inputs, resets: Any, softplus: bool, size: int) -> tuple[jax.Array, jax.Array, Any]:
     """The output, the last state as (batch, features, state), and what backward needs of the states at the start of each chunk."""
-    a, d = _parameters(x)
+    a, d = parameters(x)
 
     def step(carry, start, length, _):
         state, out = carry
-        chunk = _Chunk.of(x, resets, start, length, softplus)
+        chunk = Chunk.of(x, resets, start, length, softplus)
 
         def one(h, t):
             rate, drive, b, c, reset = t
-            h = restart(reset, _fade(rate[:, None], a) * h) + drive[:, None] * b[:, :, None]
+            h = restart(reset, decay(rate[:, None], a) * h) + drive[:, None] * b[:, :, None]
             return h, (h * c[:, :, None]).sum(1)
 
         if on_accelerator():
-            h = _states(a, chunk, state)[2]
-            last, y = h[-1], _read(h, chunk.c)
+            h = states_of(a, chunk, state)[2]
+            last, y = h[-1], read(h, chunk.c)
         else:  # the states of a chunk need not be there at once
             last, y = scan(one, state, (chunk.rate, chunk.drive, chunk.b, chunk.c, chunk.resets), beside=a)
         y = y + d * chunk.u
         return (last, put(out, y if chunk.z is None else y * SILU.value(chunk.z), start)), state
 
-    (last, out), starts = fold_chunks(step, (_first_state(x), jnp.zeros_like(x.u)), x.u.shape[1], size, beside=x)
+    (last, out), starts = fold_chunks(step, (first_state(x), jnp.zeros_like(x.u)), x.u.shape[1], size, beside=x)
     return out, jnp.swapaxes(last, 1, 2), without_first(starts)
-
-
-def _states(a: jax.Array, chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """exp(d_t A), exp(d_t A) h_{t-1} and h_t for the steps of a chunk."""
-    if on_accelerator():
-        fade = _fade(chunk.rate[:, :, None], a)
-        h = run(fade, chunk.drive[:, :, None] * chunk.b[..., None], state, chunk.resets)
-        return fade, restart(chunk.resets, fade * before(state, h)), h
-
-    def one(h, t):
-        rate, drive, b, reset = t
-        fade = _fade(rate[:, None], a)
-        decayed = restart(reset, fade * h)
-        h = decayed + drive[:, None] * b[:, :, None]
-        return h, (fade, decayed, h)
-
-    return scan(one, state, (chunk.rate, chunk.drive, chunk.b, chunk.resets), beside=a)[1]
-
-
-def _gradients_of_states(fade: jax.Array, chunk: _Chunk, dy: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """exp(d A) l at the first step of a chunk, and l_t, the gradient of h_t, for each; `after` is the former of the chunk after it."""
-    if on_accelerator():
-        dh, first = run_back(fade, chunk.c[..., None] * dy[:, :, None], after, chunk.resets)
-        return first, dh
-
-    def one(after, t):
-        fade, c, dy, reset = t
-        dh = after + c[:, :, None] * dy[:, None]
-        return restart(reset, fade * dh), dh
-
-    return scan(one, after, (fade, chunk.c, dy, chunk.resets), reverse=True)
-
-
-def _read(states: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σ_state weights states, for (time, batch, state, features) and (time, batch, state)."""
-    return (states * weights[..., None]).sum(2)
-
-
-def _sum_states(x: jax.Array) -> jax.Array:
-    """Σ_state x, for (time, batch, state, features), by halves: XLA's CPU compiler does not vectorize a sum over an axis in the middle."""
-    while (states := x.shape[2]) > 1:
-        half = states // 2
-        pairs = x[:, :, :half] + x[:, :, half : 2 * half]
-        x = pairs if states % 2 == 0 else jnp.concatenate([pairs, x[:, :, -1:]], 2)
-    return x.sum(2)
 
 
 def selective_scan(
