@@ -11,13 +11,11 @@ fit is a TypeError (of another type) or a ValueError (out of range, of another s
 
 from __future__ import annotations
 
-import functools
 import inspect
-import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,53 +24,21 @@ from jax import lax
 from jax.export import is_symbolic_dim
 
 from layers.core import compat
-
-Kind = Literal["floating", "inexact", "real", "integer", "boolean", "mask", "any real", "number", "any"]
-"""What an array is of: the dtypes of each and what messages say of them stand in `KINDS`."""
-
-KINDS: dict[Kind, tuple[tuple[Any, ...], str]] = {
-    "floating": ((jnp.floating,), "of a real floating-point dtype: cast it, {}.astype('float32')"),
-    "inexact": ((jnp.inexact,), "of a floating-point or complex dtype: cast it, {}.astype('float32')"),
-    "real": ((jnp.floating, jnp.integer), "of real numbers: cast it, {}.astype('float32')"),
-    "integer": ((jnp.integer,), "of integers: cast it, {}.astype('int32')"),
-    "boolean": ((jnp.bool_,), "of bool: compare, {} != 0"),
-    "mask": ((jnp.bool_, jnp.integer, jnp.floating), "of bool, or of zeros and ones: compare, {} != 0"),
-    "any real": ((jnp.bool_, jnp.floating, jnp.integer), "of real numbers: cast it, {}.astype('float32')"),
-    "number": ((jnp.inexact, jnp.integer), "of numbers: cast it, {}.astype('float32')"),
-    "any": ((jnp.inexact, jnp.integer, jnp.bool_), "of numbers or bool: cast it, {}.astype('float32')"),
-}
-"""The kinds of arrays: the dtypes that belong to each, and what messages say of them."""
+from layers.core.intervals import in_words, lies
+from layers.core.readings import KINDS, Kind, as_array, as_float, plain_number, scalar, shown
 
 
 def array(who: str, what: str, value: Any, kind: Kind = "floating", *, ndim: int | None = None, optional: bool = False) -> Any:
     """A JAX array of this kind, of `ndim` axes where that is given; None stays None where the argument is `optional`."""
     if value is None and optional:
         return None
-    x = _as_array(who, what, value)
+    x = as_array(who, what, value)
     dtypes, phrase = KINDS[kind]
     if not any(jnp.issubdtype(x.dtype, d) for d in dtypes):
         raise TypeError(f"{who}: {what} is of dtype {x.dtype}, but must be {phrase.format(what)}")
     if ndim is not None and x.ndim != ndim:
         raise ValueError(f"{who}: {what} has shape {x.shape}, but must have {ndim} {'axis' if ndim == 1 else 'axes'}")
     return x
-
-
-def _as_array(who: str, what: str, value: Any) -> jax.Array:
-    if isinstance(value, jax.Array):
-        return value
-    leaves = jax.tree.leaves(value) if isinstance(value, (list, tuple)) else [value]
-    try:
-        if all(_is_numeric(x) for x in leaves):
-            return jnp.asarray(value)
-    except (TypeError, ValueError, OverflowError):
-        pass  # rows of unequal length, an array of objects
-    raise TypeError(f"{who}: {what} is {shown(value)}, but must be an array")
-
-
-def _is_numeric(x: Any) -> bool:
-    if isinstance(x, (str, bytes)):  # NumPy's strings are str
-        return False
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, numbers.Number)) or hasattr(x, "__jax_array__") or hasattr(x, "__array__")
 
 
 def shape(who: str, what: str, x: Any, sizes: Sequence[Any], axes: str, /, hint: str = "", **beside: Any) -> None:
@@ -89,17 +55,17 @@ def number(who: str, what: str, value: Any, within: str = "(-inf, inf)", *, trac
     """
     if value is None and optional:
         return None
-    value = _scalar(who, what, value, f"a number {_phrase(within)}", traced)
+    value = scalar(who, what, value, f"a number {in_words(within)}", traced)
     if isinstance(value, compat.Tracer):
         if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
             raise TypeError(f"{who}: {what} is traced and of dtype {value.dtype}, but must be a real number")
         return value
-    plain = _plain(value)
+    plain = plain_number(value)
     if isinstance(plain, bool) or not isinstance(plain, numbers.Real):
-        raise TypeError(f"{who}: {what} is {shown(value)}, but must be a number {_phrase(within)}")
-    plain = _as_float(plain)
-    if not _lies(plain, within):
-        raise ValueError(f"{who}: {what} is {shown(value)}, but must be a number {_phrase(within)}")
+        raise TypeError(f"{who}: {what} is {shown(value)}, but must be a number {in_words(within)}")
+    plain = as_float(plain)
+    if not lies(plain, within):
+        raise ValueError(f"{who}: {what} is {shown(value)}, but must be a number {in_words(within)}")
     return value if traced and isinstance(value, jax.Array) else plain
 
 
@@ -109,16 +75,16 @@ def integer(who: str, what: str, value: Any, within: str = "(-inf, inf)", *, tra
         return None
     if is_symbolic_dim(cast(Any, value)):
         return value
-    value = _scalar(who, what, value, f"a whole number {_phrase(within)}", traced)
+    value = scalar(who, what, value, f"a whole number {in_words(within)}", traced)
     if isinstance(value, compat.Tracer):
         if not jnp.issubdtype(value.dtype, jnp.integer):
             raise TypeError(f"{who}: {what} is traced and of dtype {value.dtype}, but must be a whole number")
         return value
-    plain = _plain(value)
+    plain = plain_number(value)
     if isinstance(plain, bool) or not isinstance(plain, numbers.Integral):
-        raise TypeError(f"{who}: {what} is {shown(value)}, but must be a whole number {_phrase(within)}")
-    if not _lies(plain, within) or not -(2**63) <= int(plain) < 2**63:
-        raise ValueError(f"{who}: {what} is {shown(value)}, but must be a whole number {_phrase(within)}, of at most 64 bits")
+        raise TypeError(f"{who}: {what} is {shown(value)}, but must be a whole number {in_words(within)}")
+    if not lies(plain, within) or not -(2**63) <= int(plain) < 2**63:
+        raise ValueError(f"{who}: {what} is {shown(value)}, but must be a whole number {in_words(within)}, of at most 64 bits")
     return value if traced and isinstance(value, jax.Array) else operator.index(plain)
 
 
@@ -126,7 +92,7 @@ def flag(who: str, what: str, value: Any, *, optional: bool = False) -> Any:
     """True or False; NumPy's, and 0 and 1, are as good."""
     if value is None and optional:
         return None
-    plain = _plain(_scalar(who, what, value, "True or False", traced=False))
+    plain = plain_number(scalar(who, what, value, "True or False", traced=False))
     if isinstance(plain, bool) or (isinstance(plain, int) and plain in (0, 1)):
         return bool(plain)
     raise TypeError(f"{who}: {what} is {shown(value)}, but must be True or False")
@@ -188,7 +154,7 @@ def key(who: str, what: str, value: Any, *, optional: bool = False) -> Any:
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return jax.random.key(integer(who, what, value, f"[{-(2**63)}, {2**63})"))
     try:
-        found = _as_array(who, what, value)
+        found = as_array(who, what, value)
     except TypeError:
         raise TypeError(f"{who}: {what} is {shown(value)}, but must be a key: jax.random.key(seed)") from None
     if not jnp.issubdtype(found.dtype, jax.dtypes.prng_key):
@@ -245,73 +211,3 @@ def several(value: Any) -> tuple[Any, ...]:
     """What is given where one or several may be, as a tuple; a string is one."""
     single = isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
     return (value,) if single else tuple(value)
-
-
-def shown(value: Any) -> str:
-    """What messages say that an argument is: short, whatever it is."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"a whole number of {value.bit_length()} bits"
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        text = repr(value)
-        return text if len(text) <= 60 else f"a {type(value).__name__} of {len(text)} characters"
-    if isinstance(value, compat.Tracer):
-        return f"a traced array {value.dtype}{list(value.shape)}"
-    if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
-        return f"an array {value.dtype}{list(value.shape)}"
-    if isinstance(value, (np.generic, np.ndarray, jax.Array)) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
-        return str(np.asarray(value))
-    if isinstance(value, (tuple, list)) and len(repr(value)) <= 60:
-        return repr(value)
-    return f"an object of type {type(value).__name__}"
-
-
-def _scalar(who: str, what: str, value: Any, kind: str, traced: bool) -> Any:
-    """`value`, refused where it is traced and may not be, or an array that has axes."""
-    if not isinstance(value, (jax.Array, np.ndarray)) and hasattr(value, "__jax_array__"):
-        value = value.__jax_array__()
-    if isinstance(value, compat.Tracer) and not traced:
-        raise TypeError(
-            f"{who}: {what} is traced, but is part of the program: pass it as a Python value, through `static_argnames` where the call is "
-            f"inside a jax.jit of which {what} is an argument"
-        )
-    if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
-        raise ValueError(f"{who}: {what} has shape {value.shape}, but must be {kind}")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """The Python number of an array without axes; anything else as it is."""
-    if isinstance(value, (jax.Array, np.ndarray, np.generic)) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
-        return np.asarray(value).item()
-    return value
-
-
-def _as_float(value: Any) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # of a whole number beyond all floats
-        return math.inf if value > 0 else -math.inf
-
-
-@functools.lru_cache(maxsize=128)
-def _bounds(within: str) -> tuple[float, float, Callable[[Any, Any], bool], Callable[[Any, Any], bool]]:
-    low, high = within[1:-1].split(",")
-    return _bound(low), _bound(high), operator.le if within[0] == "[" else operator.lt, operator.le if within[-1] == "]" else operator.lt
-
-
-def _bound(text: str) -> float:
-    return float(text) if "inf" in text or "." in text or "e" in text else int(text)
-
-
-def _lies(value: Any, within: str) -> bool:
-    low, high, above, below = _bounds(within)
-    return above(low, value) and below(value, high)
-
-
-def _phrase(within: str) -> str:
-    low, high, _, _ = _bounds(within)
-    if low == -math.inf and high == math.inf:
-        return "that is finite" if within == "(-inf, inf)" else "that is not NaN"
-    if within[-1] == ")" and high == math.inf:
-        return f"of at least {low}" if within[0] == "[" else f"above {low}"
-    return f"in {within}"
