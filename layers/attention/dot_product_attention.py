@@ -122,6 +122,7 @@ class DotProductAttentionFunction(Function):
             "lengths and segments": (q, k, v, None, None, Hidden(query_lengths=jnp.array([3, 0]), **segments), causal),
             "no tokens": (q[:, :0], k, v, None, None, Hidden(), plain),
             "no keys": (q, k[:, :0], v[:, :0], None, None, Hidden(), plain),
+            "dropped by a mask": (q, k, v, None, None, Hidden(spared=mask | (jnp.arange(4) == 0)), Options(rate=0.5)),
             "dropped alike": (q, k, v, None, None, Hidden(words=jnp.array([1, 2], jnp.uint32)), Options(rate=0.5, shared_dropout=True)),
         }
 
