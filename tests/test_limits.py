@@ -53,7 +53,7 @@ CASES = {
     "mlp": [(low("up_bias"), {"activation": name}) for name in ("gelu", "mish")],
     "gated_mlp": [(low("gate_bias"), {"activation": "silu"})],
 }
-FAMILIES = ("attention", "losses", "mlp", "recurrent")
+FAMILIES = ("attention", "losses", "perceptrons", "recurrent")
 
 
 def good_call(name):

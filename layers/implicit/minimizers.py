@@ -80,7 +80,7 @@ class LBFGS:
             return x_new, value, r_new, pairs, moved, system.measure(x_new, v.times(scale, r_new)), steps + 1
 
         unit = v.times(1 / scale, r)
-        empty, dtype = v.stack_of_zeros(m, x), v.real_dtype(x)
+        empty, dtype = v.stack_of_zeros(m, r), v.real_dtype(x)  # the gradient lies as the steps will, x may not yet
         pairs = _Pairs(empty, empty, jnp.zeros(m, dtype), 1 / jnp.maximum(length(unit), 1))
         start = (x, objective(x), unit, pairs, v.rms(r) < jnp.inf, system.measure(x, r), jnp.zeros((), jnp.int32))
         out = v.while_loop(lambda c: system.goes_on(*c[-2:]) & c[-3], body, start)

@@ -118,13 +118,13 @@ def _products(level: Level, q: jax.Array, k: jax.Array) -> jax.Array:
 
 def _inverse(k: jax.Array, beta: jax.Array, d: Decays) -> list[tuple[Level, jax.Array]]:
     """T = (I + A)⁻¹ below its diagonal of ones: for each level the block of its pairs."""
-    whole, blocks = jnp.ones_like(beta)[..., None], []
+    whole, blocks = sharded_as(jnp.ones_like(beta), beta)[..., None], []
     for level in d.levels:
         first, second = (whole[:, :, i::2] for i in (0, 1))
         pairs = weighted_sums(_products(level, beta * k, k), _meeting(first, level.first))
         block = -weighted_sums(_meeting(second, level.second), pairs)
         blocks.append((level, block))
-        whole = jnp.block([[first, jnp.zeros_like(first)], [block, second]])
+        whole = jnp.block([[first, sharded_as(jnp.zeros_like(first), first)], [block, second]])
     return blocks
 
 
