@@ -29,7 +29,7 @@ from layers.core.constants import refuse_gradient
 from layers.core.recompute import barrier
 from layers.function.function import Function
 from layers.norms import arguments, statistics
-from layers.norms.statistics import Over, affine, as_computed, by_root, standardized, weighted
+from layers.norms.statistics import Over, affine, as_computed, by_root, standardized, through_moments
 
 
 class BatchNormFunction(Function):
@@ -51,8 +51,9 @@ class BatchNormFunction(Function):
         (x, scale, mask, mean, root), dy = barrier(ctx.saved_tensors, dy)
         over = ctx.over
         dy, xhat = as_computed(dy, ctx.dtype), standardized(as_computed(x, ctx.dtype), mean, root, mask)
-        dxhat = affine(dy - weighted(over.total(dy) + xhat * over.total(dy * xhat), over.weight(xhat, mask)), as_computed(scale, ctx.dtype), None)
-        return by_root(dxhat, root), statistics.sum_to(dy * xhat, scale), statistics.sum_to(dy, ctx.bias), None, None, None, None
+        dxhat = dy - through_moments(over.total(dy), over.total(dy * xhat), xhat, over.weight(xhat, mask))
+        dx = by_root(dxhat, root, as_computed(scale, ctx.dtype))
+        return dx, statistics.sum_to(dy * xhat, scale), statistics.sum_to(dy, ctx.bias), None, None, None, None
 
     @staticmethod
     def surrogate(x, scale, bias, epsilon, mask=None, over=None, dtype=None):

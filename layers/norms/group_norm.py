@@ -29,7 +29,7 @@ from layers.core.constants import refuse_gradient
 from layers.core.recompute import barrier
 from layers.function.function import Function
 from layers.norms import arguments, statistics
-from layers.norms.statistics import affine, as_computed, by_root, standard_factors, standardized, weighted
+from layers.norms.statistics import affine, as_computed, standard_factors, standardized, through_moments
 
 
 class GroupNormFunction(Function):
@@ -57,7 +57,9 @@ class GroupNormFunction(Function):
         sum_dy, sum_dy_xhat = dy.sum(space, keepdims=True), ((dy * factor) * centred).sum(space, keepdims=True) * factor
         weight = over.weight(_grouped(centred, num_groups), _grouped(mask, num_groups))
         weight = weight if isinstance(weight, float) else weight.reshape(x.shape)
-        dx = by_root(affine(dy, scale_w, None) - weighted(spread(sum_dy) + (spread(sum_dy_xhat) * factor * factor) * centred, weight), root)
+        moments = through_moments(spread(sum_dy), spread(sum_dy_xhat) * factor * factor, centred, weight)
+        half = factor / 2  # 1 / root = half half; with a constant among the factors XLA would write out a whole array of it
+        dx = (affine(dy, scale_w, None) - moments) * half * half
         batch = tuple(range(x.ndim - 1))
         return dx, None if scale is None else sum_dy_xhat.sum(batch), sum_dy.sum(batch) if ctx.has_bias else None, None, None, None, None, None
 

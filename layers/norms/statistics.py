@@ -120,10 +120,17 @@ def _shown(centred: jax.Array, by: jax.Array, mask: Any) -> jax.Array:
     return centred if mask is None else jnp.where((mask != 0) | jnp.isfinite(centred * by), centred, 0)
 
 
-def by_root(x: jax.Array, root: jax.Array) -> jax.Array:
-    """x / root; 0 where the root is."""
+def by_root(x: jax.Array, root: jax.Array, scale: Any = None) -> jax.Array:
+    """scale x / root; 0 where the root is. A scale of None is 1."""
     first, second = reciprocal_factors(root)
-    return x * first * second
+    return x * first * (second if scale is None else scale * second)
+
+
+def through_moments(total: jax.Array, along: jax.Array, xhat: jax.Array, weight: Any) -> jax.Array:
+    """w (Σ g + x̂ Σ g x̂), of these two sums. A weight that is a number multiplies them: XLA would write out more whole arrays."""
+    if isinstance(weight, float):
+        return total * weight + xhat * (along * weight)
+    return weighted(total + xhat * along, weight)
 
 
 def weighted(x: jax.Array, weight: Any) -> jax.Array:
