@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from layers.core.trees import replaced
+
 SECONDS = 20
 """After this time a call counts as hanging."""
 
@@ -276,13 +278,7 @@ def _with_gradient(run: Run, arguments: dict[str, Any], through_jit: str | None,
         if not differentiated:
             return call(*given)
 
-        def of_moving(*moved: Any) -> list[Any]:
-            now = list(given)
-            for i, x in zip(differentiated, moved, strict=True):
-                now[i] = x
-            return call(*now)
-
-        outputs, pull = jax.vjp(of_moving, *[given[i] for i in differentiated])
+        outputs, pull = jax.vjp(lambda *moved: call(*replaced(given, differentiated, moved)), *[given[i] for i in differentiated])
         return [*outputs, *pull([jnp.ones_like(y) if jnp.issubdtype(y.dtype, np.inexact) else np.zeros(y.shape, jax.dtypes.float0) for y in outputs])]
 
     return whole, [arguments[n] for n in names]

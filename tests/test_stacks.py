@@ -15,6 +15,7 @@ import layers
 from layers import Function
 from layers.checking.contract import catalogue
 from layers.checking.gradcheck import has_gradient
+from layers.core.trees import replaced
 from layers.losses.linear_cross_entropy import LinearCrossEntropyFunction
 from tests.support import temp_bytes
 
@@ -65,10 +66,7 @@ def stack(depth, cls, args, plain=None) -> Stack:
     first, *rest = (jnp.asarray(leaves[i]) for i in indices)
 
     def outputs(fn, moved):
-        now = list(leaves)
-        for i, x in zip(indices, moved, strict=True):
-            now[i] = x
-        return [y for y in jax.tree.leaves(fn(*tree.unflatten(now))) if has_gradient(y)]
+        return [y for y in jax.tree.leaves(fn(*tree.unflatten(replaced(leaves, indices, moved)))) if has_gradient(y)]
 
     outs = jax.eval_shape(lambda *moved: outputs(cls.apply, moved), first, *rest)
     carried = (outs[0].shape, outs[0].dtype) == (first.shape, first.dtype)

@@ -9,8 +9,9 @@ from typing import Any
 
 from layers.checking.audit import NO_LAYER, Residuals
 from layers.checking.residuals import residuals
-from layers.checking.tables import html_table, size, text_table
+from layers.checking.tables import html_table, text_table
 from layers.core import checks
+from layers.core.readings import size
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from layers.checking.tables import bars, html_table, size, text_table
+from layers.checking.tables import bars, html_table, text_table
+from layers.core.readings import size
 
 NO_LAYER = "(no layer)"
 HEAD = ("size", "kind", "array", "layer", "made by", "source")

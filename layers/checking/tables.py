@@ -7,15 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def size(n: int) -> str:
-    value = float(n)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} GiB"
-
-
 def text_table(title: str, summary: str, head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     try:
         return _rich_text(title, summary, head, cells)

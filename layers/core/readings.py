@@ -94,3 +94,13 @@ def shown(value: Any) -> str:
     if isinstance(value, (tuple, list)) and len(repr(value)) <= 60:
         return repr(value)
     return f"an object of type {type(value).__name__}"
+
+
+def size(n: int) -> str:
+    """A number of bytes, in the unit that suits it."""
+    value = float(n)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"

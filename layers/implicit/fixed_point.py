@@ -12,7 +12,6 @@ Reference: Bai, Kolter and Koltun, "Deep Equilibrium Models", 2019.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -45,9 +44,8 @@ class FixedPointFunction(ImplicitFunction):
     @staticmethod
     def examples(key, dtype):
         equation, x0, (w, u) = FixedPointFunction.example(key, dtype)
-        by_newton = replace(equation, solver=Newton(), linear=replace(equation.linear, method=GMRES()))
-        strict = replace(by_newton, tol=1e-12, max_steps=50, throw=True)
-        strict = replace(strict, linear=replace(strict.linear, tol=1e-12, max_steps=50, throw=True))
+        by_newton = equation.solved_by(Newton(), GMRES())
+        strict = equation.solved_by(Newton(), GMRES(), tol=1e-12, max_steps=50, throw=True)
         return {
             "by Newton's method, strictly": (strict, x0, (w, u)),
             "far out": (by_newton, x0, (w, 1e4 * u)),

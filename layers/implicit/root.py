@@ -12,7 +12,6 @@ Reference: Blondel et al., "Efficient and Modular Implicit Differentiation", 202
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -45,9 +44,8 @@ class RootFunction(ImplicitFunction):
     @staticmethod
     def examples(key, dtype):
         equation, x0, (w, u) = RootFunction.example(key, dtype)
-        by_newton = replace(equation, solver=Newton(), linear=replace(equation.linear, method=GMRES()))
-        strict = replace(by_newton, tol=1e-12, max_steps=50, throw=True)
-        strict = replace(strict, linear=replace(strict.linear, tol=1e-12, max_steps=50, throw=True))
+        by_newton = equation.solved_by(Newton(), GMRES())
+        strict = equation.solved_by(Newton(), GMRES(), tol=1e-12, max_steps=50, throw=True)
         return {
             "by Newton's method, strictly": (strict, x0, (w, u)),
             "zeros": (by_newton, [0 * x0[0]], (0 * w, 0 * u)),

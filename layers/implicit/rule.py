@@ -20,7 +20,7 @@ Reference: Bai, Kolter and Koltun, "Deep Equilibrium Models", 2019; Blondel et a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -80,6 +80,10 @@ class Equation:
     max_steps: int = 100
     throw: bool = False
     objective: Callable[[Any, Any], Any] | None = None
+
+    def solved_by(self, solver: Any, method: Any, **limits: Any) -> Equation:
+        """The same, by other solvers of it and of its linear systems, with the same `tol`, `max_steps` and `throw` for both where they are given."""
+        return replace(self, solver=solver, linear=replace(self.linear, method=method, **limits), **limits)
 
     def wide(self, dtypes: Sequence[Any]) -> Callable[[Vector, Any], Vector]:
         """f from and to arrays of float32 or wider, seeing them in these dtypes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -66,8 +65,4 @@ def _fails() -> str | None:
     return failure_of(mosaic_cross_entropy.forward, jax.ShapeDtypeStruct((2, 256), "bfloat16"))
 
 
-def _takes_backward(_call: CrossEntropyCall, _place: Place, **_wants: Any) -> bool:
-    return True
-
-
-KERNELS = {"mosaic": Kernel("mosaic", _refuse, mosaic_cross_entropy.forward, mosaic_cross_entropy.backward, _takes_backward, _fails)}
+KERNELS = {"mosaic": Kernel("mosaic", _refuse, mosaic_cross_entropy.forward, mosaic_cross_entropy.backward, fails=_fails)}

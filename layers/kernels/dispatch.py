@@ -62,7 +62,7 @@ class Kernel:
     refuse: Callable[[Any, Place], str | None]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    takes_backward: Callable[..., bool]
+    takes_backward: Callable[..., bool] = lambda *_call_and_place, **_wants: True
     fails: Callable[[], str | None] = lambda: None
 
 

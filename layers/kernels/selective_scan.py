@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -75,8 +74,4 @@ def _fails() -> str | None:
     return failure_of(mosaic_selective_scan.forward, u, u, of(STATES[0], LANES), b, b, of(LANES), of(1, STATES[0], LANES))
 
 
-def _takes_backward(_call: ScanCall, _place: Place, **_wants: Any) -> bool:
-    return True
-
-
-KERNELS = {"mosaic": Kernel("mosaic", _refuse, mosaic_selective_scan.forward, mosaic_selective_scan.backward, _takes_backward, _fails)}
+KERNELS = {"mosaic": Kernel("mosaic", _refuse, mosaic_selective_scan.forward, mosaic_selective_scan.backward, fails=_fails)}

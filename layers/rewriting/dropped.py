@@ -39,7 +39,7 @@ class Dropout:
         if u.name == "select_n":
             need(len(u.inputs) == 3 and i > 0 and number_of(u.inputs[3 - i]) == 0, CHANGED)
             self._mask(u.inputs[0], u, axes, inverted=i == 1)
-        elif ((number := number_of(u.inputs[1 - i])) is not None and i == 0) or (number is not None and u.name == "mul"):
+        elif (number := number_of(u.inputs[1 - i])) is not None and (i == 0 or u.name == "mul"):
             self._scale(u.name, number)
         else:
             need(u.name == "mul", CHANGED)

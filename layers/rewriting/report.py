@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from layers.checking.producers import clean_scope
 from layers.core import compat
+from layers.core.readings import size
 from layers.rewriting.graph import Graph, Node
 from layers.rewriting.match import Match
 from layers.rewriting.patterns import Miss
@@ -88,15 +89,6 @@ def note_of(graph: Graph) -> str:
     if any("transpose(" in str(n.stack) for n in graph.nodes):
         return "  a backward pass is in it already, of whose forward pass little is found: jax.grad(layers.rewrite(loss)), not the other way round"
     return ""
-
-
-def size(n: int) -> str:
-    value = float(n)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} GiB"
 
 
 def _where(r: Row) -> str:

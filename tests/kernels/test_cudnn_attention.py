@@ -11,6 +11,7 @@ import layers
 from layers.attention.dot_product_attention import DotProductAttentionFunction
 from layers.attention.plan import Hidden, Options
 from layers.core import compat
+from layers.core.trees import replaced
 from layers.kernels import cudnn_attention
 from layers.kernels.attention import KERNELS, AttentionCall
 from layers.kernels.place import Place
@@ -93,12 +94,7 @@ def test_forward_mode_and_second_derivatives_are_those_of_xla(case, cudnn):
         along = [jnp.cos(x) for x in given]
 
         def derivatives(f):
-            def of_moving(*moved):
-                now = list(args)
-                for i, x in zip(differentiated(args), moved, strict=True):
-                    now[i] = x
-                return f(*now)
-
+            of_moving = lambda *moved: f(*replaced(args, differentiated(args), moved))
             everywhere = tuple(range(len(given)))
             return jax.jvp(of_moving, given, along)[1], jax.jvp(jax.grad(of_moving, everywhere), given, along)[1]
 

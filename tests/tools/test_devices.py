@@ -13,6 +13,7 @@ import pytest
 
 import layers
 from layers.checking.contract import catalogue
+from layers.core.trees import replaced
 from layers.tools import bench_devices, devices, goals_table, kernel_registers, readme
 from layers.tools.llama_step import WAYS, make_step
 
@@ -75,10 +76,7 @@ def test_layer_compiles_forward_and_backward(device, layer):
 
     def gradient(*given):
         def loss(*moved):
-            now = list(leaves)
-            for indices, values in ((arrays, given), (differentiated, moved)):
-                for i, x in zip(indices, values, strict=True):
-                    now[i] = x
+            now = replaced(replaced(leaves, arrays, given), differentiated, moved)
             outputs = jax.tree.leaves(layer.apply(*tree.unflatten(now)))
             return sum(y.astype(jnp.float32).sum() for y in outputs if jnp.issubdtype(y.dtype, jnp.floating))
 
